@@ -1,0 +1,3 @@
+#include "ssr.h"
+
+SSR_EXPORT const char *ssr_cuda_version() { return SSR_SOURCES; }

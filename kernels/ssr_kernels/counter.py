@@ -1,0 +1,64 @@
+"""Counter-based random numbers: a pure function of (key, stream, position), equal on every device.
+
+A step that draws only from here captures in a CUDA graph (the key is a device tensor, so a replay draws new numbers)
+and repeats bit for bit after a resume, with no generator state to save.
+
+The mixer is the 32-bit finaliser "lowbias32" (a xorshift-multiply hash), run in int64 arithmetic so that PyTorch
+computes it on any device without unsigned types.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Bijective 32-bit hash of int64 values in [0, 2^32)."""
+    x = x ^ (x >> 16)
+    x = _multiply(x, 0x7FEB352D)
+    x = x ^ (x >> 15)
+    x = _multiply(x, 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _multiply(x: Tensor, factor: int) -> Tensor:
+    """x * factor modulo 2^32 for x in [0, 2^32): the product is split so that int64 never overflows."""
+    low = (x & 0xFFFF) * factor
+    high = ((x >> 16) * (factor & _MASK)) & 0xFFFF
+    return (low + (high << 16)) & _MASK
+
+
+def fold(key: Tensor, value: int | Tensor) -> Tensor:
+    """Derive a key from a key and a number (a seed, a step, a rank, a stream).
+
+    Args:
+        key: int64 scalar tensor.
+        value: non-negative number below 2^31, or an int64 scalar tensor on the key's device.
+
+    Returns:
+        int64 scalar tensor in [0, 2^32) on the key's device.
+    """
+    return _mix((_mix(key & _MASK) + _GOLDEN + value) & _MASK)
+
+
+def uniform(key: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers in [0, 1), a pure function of (key, stream, position).
+
+    Args:
+        key: int64 scalar tensor; its device is the result's.
+        stream: which independent sequence of this key.
+        shape: shape of the result, row-major positions.
+
+    Returns:
+        float32 tensor of `shape` with 24 random bits a number.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    position = torch.arange(count, dtype=torch.int64, device=key.device)
+    bits = _mix((_mix((position * _GOLDEN) & _MASK) ^ fold(key, stream)) & _MASK)
+    return ((bits >> 8).to(torch.float32) * (1.0 / (1 << 24))).reshape(*shape)

@@ -1,0 +1,92 @@
+"""The configuration of a run: the components' own dataclasses, composed, and what they must satisfy together."""
+
+from dataclasses import dataclass, field
+
+from ssr_fast.data.torch_loader import DataConfig
+from ssr_fast.engine.optim import OptimConfig
+from ssr_fast.engine.trainer import RunConfig
+from ssr_fast.eval.inference import InferenceConfig
+from ssr_fast.methods.method import METHODS, MethodConfig
+from ssr_fast.methods.self_training import SelfTrainingConfig
+from ssr_fast.methods.ssr import SsrConfig
+from ssr_fast.models.sam import SamConfig
+from ssr_fast.models.segmentor import ModelConfig
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Everything that `python -m ssr_fast.train` can be told; a preset is a function that returns one."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """The run: where, how long, how often."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Source, target and evaluation data and their sampling."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The student."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """How it is trained."""
+    self_training: SelfTrainingConfig = field(default_factory=SelfTrainingConfig)
+    """Teacher, pseudo-labels and mixing; for the methods self_training and ssr."""
+    ssr: SsrConfig = field(default_factory=SsrConfig)
+    """The regulariser; for the method ssr."""
+    sam: SamConfig = field(default_factory=SamConfig)
+    """The regulariser's frozen encoder; for the method ssr."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How images are seen at evaluation."""
+
+    def stages(self) -> tuple[str, ...]:
+        """Methods that this run trains one after another, each from the same start."""
+        return self.run.stages or (self.method.name,)
+
+
+# Sections that only some methods read: an option of theirs given for another method would be ignored in silence.
+SECTIONS_OF = {"self_training": ("self_training", "ssr"), "ssr": ("ssr",), "sam": ("ssr",)}
+
+
+def problems(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> list[str]:
+    """Every reason why this configuration cannot be run, one sentence each; empty if it can.
+
+    Args:
+        explicit: dotted names of the options that the user gave; one that has no effect is an error.
+    """
+    found = config.run.problems("run") + config.data.problems("data") + config.model.problems("model")
+    found += config.method.problems("method") + config.optim.problems("optim")
+    found += config.inference.problems("inference")
+    stages = config.stages()
+    for stage in stages:
+        if stage not in METHODS:
+            found.append(f"--run.stages must hold only {', '.join(METHODS)} (it holds {stage})")
+    for section, methods in SECTIONS_OF.items():
+        if any(stage in methods for stage in stages):
+            found += getattr(config, section).problems(section)
+        else:
+            found += [
+                f"--{name} has no effect with --method.name {config.method.name}: leave it out"
+                for name in sorted(explicit)
+                if name.startswith(f"{section}.")
+            ]
+    return found + _contradictions(config, stages)
+
+
+def _contradictions(config: TrainConfig, stages: tuple[str, ...]) -> list[str]:
+    """What two sections cannot both ask for."""
+    found = []
+    adapting = any(stage != "supervised" for stage in stages)
+    if adapting and config.self_training.feature_distance > 0 and not config.model.weights:
+        found.append(
+            f"--self_training.feature_distance {config.self_training.feature_distance} measures against pretrained "
+            "weights and --model.weights is not given: give them, or --self_training.feature_distance 0"
+        )
+    if "self_training" in stages and config.self_training.start_step >= config.run.steps:
+        found.append(
+            f"--self_training.start_step {config.self_training.start_step} is not below --run.steps "
+            f"{config.run.steps}: pseudo-labels would never be used"
+        )
+    if config.optim.warmup_steps >= config.run.steps:
+        found.append(
+            f"--optim.warmup_steps {config.optim.warmup_steps} is not below --run.steps {config.run.steps}: "
+            "the learning rate would never reach its value"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Data: labels, layouts, the index, the plan of samples, geometry, loaders."""

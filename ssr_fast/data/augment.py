@@ -1,0 +1,150 @@
+"""Geometry of samples (resize, crop, flip: exact, on the host) and strong augmentation (on the device, sync-free).
+
+B batch, H W pixels. Images are RGB; "normalised" means (value - MEAN) / STD with values in 0..255.
+"""
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from ssr_kernels import counter
+from torch import Tensor
+
+from ssr_fast.data.labels import IGNORE
+
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+BLUR_TAPS = 13  # sigma <= 1.15: further taps are below 1e-6
+
+
+def normalise(image: NDArray[np.uint8]) -> Tensor:
+    """image uint8 [H, W, 3] RGB -> float32 [3, H, W], normalised."""
+    return normalise_batch(torch.from_numpy(np.ascontiguousarray(image))[None])[0]
+
+
+def normalise_batch(images: Tensor) -> Tensor:
+    """images uint8 [B, H, W, 3] RGB -> float32 [B, 3, H, W] on the same device, channels-last in memory."""
+    mean = torch.tensor(MEAN, device=images.device)
+    std = torch.tensor(STD, device=images.device)
+    return ((images.to(torch.float32) - mean) / std).permute(0, 3, 1, 2)
+
+
+def fitted_size(width: int, height: int, box: tuple[int, int] | None) -> tuple[int, int]:
+    """Size (width, height) of an image resized to fit `box` with its ratio kept, rounded as mmcv does.
+
+    The longer side fits the box's longer side and the shorter the shorter: 1914x1052 in (1280, 720) gives 1280x704.
+    """
+    if box is None:
+        return width, height
+    scale = min(max(box) / max(width, height), min(box) / min(width, height))
+    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
+
+
+def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """image uint8 [H, W, 3] -> [size[1], size[0], 3], OpenCV's bilinear (as mmcv-based systems do)."""
+    if (image.shape[1], image.shape[0]) == size:
+        return image
+    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+
+
+def resize_label(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """label uint8 [H, W] -> [size[1], size[0]], OpenCV's nearest neighbour."""
+    if (label.shape[1], label.shape[0]) == size:
+        return label
+    return cv2.resize(label, size, interpolation=cv2.INTER_NEAREST).astype(np.uint8, copy=False)
+
+
+def crop_image(image: NDArray[np.uint8], corner: tuple[int, int], size: tuple[int, int], flip: bool) -> NDArray[np.uint8]:
+    """Cut a crop out of image [H, W, 3]; what lies outside is the mean colour (0 after normalisation).
+
+    Args:
+        corner: (x, y) of the crop's upper left corner.
+        size: (height, width) of the crop.
+        flip: mirror left to right after cutting.
+    """
+    out = np.empty((*size, 3), np.uint8)
+    out[:] = np.rint(MEAN).astype(np.uint8)
+    return _paste(image, out, corner, flip)
+
+
+def crop_label(label: NDArray[np.uint8], corner: tuple[int, int], size: tuple[int, int], flip: bool) -> NDArray[np.uint8]:
+    """Cut a crop out of label [H, W], as `crop_image`; what lies outside is ignored (255)."""
+    return _paste(label, np.full(size, IGNORE, np.uint8), corner, flip)
+
+
+def _paste(array: NDArray[np.uint8], out: NDArray[np.uint8], corner: tuple[int, int], flip: bool) -> NDArray[np.uint8]:
+    x, y = corner
+    part = array[y : y + out.shape[0], x : x + out.shape[1]]
+    out[: part.shape[0], : part.shape[1]] = part
+    return np.ascontiguousarray(out[:, ::-1]) if flip else out
+
+
+def strong_augment(images: Tensor, key: Tensor, strength: float, jitter_p: float, blur_p: float) -> Tensor:
+    """Colour jitter and Gaussian blur, one draw for the whole batch, as a pure function of (images, key).
+
+    Brightness, contrast, saturation factors U(1 - s, 1 + s) and hue shift U(-s, s) turns with probability `jitter_p`;
+    blur of sigma U(0.15, 1.15) with probability `blur_p` (DAFormer's values: s 0.2, 0.8, 0.5).
+
+    Args:
+        images: float32 [B, 3, H, W], normalised.
+        key: int64 scalar tensor of ssr_kernels.counter, on the images' device.
+        strength: s.
+        jitter_p: probability of the colour jitter.
+        blur_p: probability of the blur.
+
+    Returns:
+        float32 [B, 3, H, W], normalised.
+    """
+    draw = counter.uniform(key, 0, (7,))
+    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    rgb = ((images * std + mean) / 255.0).clamp(0.0, 1.0)
+    factors = 1.0 + strength * (2.0 * draw[:3] - 1.0)
+    jittered = color_jitter(rgb, factors[0], factors[1], factors[2], strength * (2.0 * draw[3] - 1.0))
+    rgb = torch.where(draw[4] < jitter_p, jittered, rgb)
+    rgb = torch.where(draw[5] < blur_p, gaussian_blur(rgb, 0.15 + draw[6]), rgb)
+    return (rgb * 255.0 - mean) / std
+
+
+def color_jitter(rgb: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+    """Adjust brightness, contrast, saturation and hue, in this order, with torchvision's definitions.
+
+    Args:
+        rgb: [B, 3, H, W] in [0, 1].
+        brightness, contrast, saturation: factors, scalar tensors; 1 changes nothing.
+        hue: shift in turns, scalar tensor; 0 changes nothing.
+    """
+    rgb = (rgb * brightness).clamp(0.0, 1.0)
+    rgb = (_grey(rgb).mean((1, 2, 3), keepdim=True) * (1 - contrast) + rgb * contrast).clamp(0.0, 1.0)
+    rgb = (_grey(rgb) * (1 - saturation) + rgb * saturation).clamp(0.0, 1.0)
+    return _shift_hue(rgb, hue)
+
+
+def _grey(rgb: Tensor) -> Tensor:
+    return 0.2989 * rgb[:, 0:1] + 0.587 * rgb[:, 1:2] + 0.114 * rgb[:, 2:3]
+
+
+def _shift_hue(rgb: Tensor, hue: Tensor) -> Tensor:
+    """Rotate the hue of rgb [B, 3, H, W] by `hue` turns, through HSV."""
+    high, low = rgb.amax(1), rgb.amin(1)
+    chroma = high - low
+    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    r, g, b = rgb.unbind(1)
+    turn = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    turn = (turn / 6 + hue) % 1.0 * 6  # [B, H, W] in sixths of a turn
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=rgb.device).view(1, 3, 1, 1)
+    k = (turn[:, None] + offsets) % 6
+    return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0.0, 1.0)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Separable Gaussian blur of images [B, 3, H, W] with sigma in pixels (scalar tensor), edges replicated."""
+    reach = BLUR_TAPS // 2
+    offset = torch.arange(-reach, reach + 1, device=images.device, dtype=images.dtype)
+    taps = torch.exp(-0.5 * (offset / sigma) ** 2)
+    taps = taps / taps.sum()
+    channels = images.shape[1]
+    images = F.pad(images, (reach, reach, reach, reach), mode="replicate")
+    images = F.conv2d(images, taps.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+    return F.conv2d(images, taps.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)

@@ -1,0 +1,179 @@
+"""Decoding of image and label files, with the reason named when a file is bad.
+
+Legend: H W pixels.
+"""
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from ssr_fast.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+"""File name endings (lower case) that are taken for images."""
+
+MAX_PIXELS = 89_478_485
+"""Pillow's own bound for files that are not decompression bombs; the sets of the field stay under 25 million."""
+
+_EXIF_ORIENTATION = 0x0112
+_RESTORE = "restore it from its source or remove it"
+
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, MemoryError, struct.error,
+    zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+"""What Pillow's decoders raise on damaged files (SyntaxError among them: its word for a broken PNG)."""
+
+
+class BadFile(UserError):
+    """One file that cannot be used: `path`, the `problem` as a predicate, and `advice` what to do."""
+
+    def __init__(self, path: Path, problem: str, advice: str) -> None:
+        super().__init__(f"{path} {problem}; {advice}")
+        self.path, self.problem, self.advice = path, problem, advice
+
+    def __reduce__(self) -> tuple[type["BadFile"], tuple[Path, str, str]]:
+        return BadFile, (self.path, self.problem, self.advice)  # loader processes send exceptions by pickle
+
+
+def decode_image(path: Path) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Any image file -> (RGB uint8 [H, W, 3], notes on what had to be changed).
+
+    Greyscale is repeated over the channels, palettes are looked up, alpha is dropped, CMYK is converted, and of
+    16-bit values the high byte is kept (>> 8). The EXIF orientation is not applied: labels are drawn on stored pixels.
+
+    Raises:
+        BadFile: the file cannot be opened, is no image, is damaged, too large, or holds 32-bit values.
+    """
+    with _opened(path) as image:
+        # Before the pixels are loaded the decoder's arguments show the file's depth, of which the mode says nothing:
+        # 16-bit RGB opens as RGB, and 16-bit grey as I;16 or, before Pillow 11, as I.
+        deep = any(";16" in str(tile) for tile in image.tile)
+        notes = _notes(image, deep)
+        rgb = _to_rgb(image, deep, path)
+    if not rgb.any():
+        notes.append("all black")
+    return rgb, tuple(notes)
+
+
+def read_image(path: Path | str) -> NDArray[np.uint8]:
+    """Any image file -> RGB uint8 [H, W, 3]; conversions and errors as in `decode_image`."""
+    return decode_image(Path(path))[0]
+
+
+def decode_label(path: Path) -> NDArray[np.generic]:
+    """A label file -> its raw values, integer [H, W] (palette files: the INDEX), or uint8 [H, W, 3] for a colour file.
+
+    Raises:
+        BadFile: as `decode_image`, or the file is a JPEG, or holds fractions.
+    """
+    with _opened(path) as image:
+        if image.format == "JPEG":
+            raise BadFile(path, "is a JPEG, which does not keep class ids exact", "store labels as PNG")
+        if image.mode in ("RGBA", "LA", "CMYK"):
+            values = np.array(image.convert("RGB"))
+        else:
+            values = np.array(image)
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8)
+    if values.dtype.kind not in "ui":
+        raise BadFile(path, f"holds values of type {values.dtype}", "store labels as 8-bit PNG")
+    return values
+
+
+def decode_synthia_label(path: Path) -> NDArray[np.generic]:
+    """A 16-bit SYNTHIA label -> its classes uint16 [H, W].
+
+    The class is the first of three RGB channels and sits in the low byte, which Pillow cuts off: OpenCV reads it.
+
+    Raises:
+        BadFile: the file cannot be opened or decoded, or has not three channels.
+    """
+    with _opened(path):
+        data = np.fromfile(path, np.uint8)
+    values = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    if values is None:
+        raise BadFile(path, "cannot be decoded (damaged or cut short)", _RESTORE)
+    if values.ndim != 3 or values.shape[2] < 3:
+        raise BadFile(
+            path,
+            "has one channel where a SYNTHIA label has the class in the first of three",
+            "give the released GT/LABELS files, or name converted ones *_labelTrainIds.png",
+        )
+    return values[:, :, 2]  # [H, W]; OpenCV's order is BGR
+
+
+def palette_color(path: Path, index: int) -> tuple[int, ...] | None:
+    """RGB colour at `index` of a file's palette; None if there is no such file, palette or entry."""
+    try:
+        with _opened(path) as image:
+            palette = image.getpalette("RGB") if image.mode == "P" else None
+    except BadFile:
+        return None
+    return tuple(palette[3 * index : 3 * index + 3]) if palette else None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """The open file, header read and size checked; every decoding error in the body becomes a BadFile."""
+    try:
+        if os.stat(path).st_size == 0:
+            raise BadFile(path, "is empty (0 bytes)", _RESTORE)
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise _too_large(path, f"{width}x{height} pixels")
+            yield image
+    except BadFile:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(path, "as its header says") from error
+    except UnidentifiedImageError as error:
+        raise BadFile(path, "is not an image file in a known format", _RESTORE) from error
+    except PermissionError as error:
+        raise BadFile(path, "may not be read (permission denied)", "give yourself read permission") from error
+    except _DECODE_ERRORS as error:
+        reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+        raise BadFile(path, f"cannot be decoded ({reason})", _RESTORE) from error
+
+
+def _too_large(path: Path, size: str) -> BadFile:
+    return BadFile(path, f"is too large ({size}; the limit is {MAX_PIXELS} pixels)", "cut it into parts or remove it")
+
+
+def _notes(image: ImageFile.ImageFile, deep: bool) -> list[str]:
+    """What `_to_rgb` will change, in words that go on 'N images are ...'."""
+    notes = []
+    if deep:
+        notes.append("16-bit, scaled to 8 bits (>> 8)")
+    if image.mode in ("L", "1", "LA", "La", "I") or image.mode.startswith("I;16"):
+        notes.append("greyscale, repeated over R, G, B")
+    if image.mode in ("P", "PA"):
+        notes.append("palette files, converted to RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA"):
+        notes.append(f"{image.mode}, the alpha channel is dropped")
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        notes.append(f"{image.mode}, converted to RGB")
+    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        notes.append("rotated by an EXIF tag, which is not applied")
+    return notes
+
+
+def _to_rgb(image: Image.Image, deep: bool, path: Path) -> NDArray[np.uint8]:
+    """An open image of any mode -> RGB uint8 [H, W, 3]."""
+    if image.mode.startswith("I;16") or (deep and image.mode == "I"):
+        grey = (np.array(image) >> 8).astype(np.uint8)  # [H, W]
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise BadFile(path, "holds 32-bit values, whose range is unknown", "convert it to 8-bit RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow's documented way: straight to RGB it warns
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

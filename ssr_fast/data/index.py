@@ -1,0 +1,350 @@
+"""The index of a data set: every file is opened and checked once, so that training never meets a bad one.
+
+What a file can be:
+ good      it becomes a Sample;
+ left out  it does no harm when missing: a label that is ignored everywhere, a label without an image, and in GTA5,
+           whose release has a few, a label of another size than its image. `diagnose` names it, training counts it
+           in one printed line;
+ bad       everything else. Training does not start before it is repaired or removed.
+Legend: K classes.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssr_fast.data import index_cache
+from ssr_fast.data.images import BadFile, decode_image
+from ssr_fast.data.index_cache import Report, Row
+from ssr_fast.data.labels import ClassSet
+from ssr_fast.data.layouts import LAYOUTS, Entry, Layout, Listing, find_layout, option_name
+from ssr_fast.errors import UserError
+
+_MAX_THREADS = 16  # Pillow decodes without the interpreter's lock; beyond this the disk is the limit
+
+
+@dataclass(kw_only=True)
+class DomainConfig:
+    """One data set; the options `--data.source.*`, `--data.target.*` and so on."""
+
+    root: str = ""
+    """Folder of the data set."""
+    layout: str = "auto"
+    """auto, or one of cityscapes, acdc, darkzurich, synthia, mapillary, bdd100k, camvid, gta5, folder."""
+    split: str = "train"
+    """train, val, test, or all for every split that exists."""
+    condition: str = ""
+    """A part of the split: fog, night, rain, snow (acdc); day, twilight, night (darkzurich); day, dusk (camvid)."""
+    resize: tuple[int, int] | None = None
+    """Width and height of the box that images are resized into, keeping their ratio; null keeps their size."""
+    classes: str = ""
+    """Classes file of a `folder` data set, if it does not lie in its root as classes.json, .yaml or .txt."""
+
+    def problems(self, where: str) -> list[str]:
+        """Sentences about illegal values; empty if all is well."""
+        found = []
+        if self.layout not in ("auto", *LAYOUTS):
+            found.append(f"--{where}.layout must be auto or one of {', '.join(LAYOUTS)} (it is {self.layout!r})")
+        if not self.split:
+            found.append(f"--{where}.split must not be empty; give train, val, test or all")
+        if self.resize is not None and (len(self.resize) != 2 or min(self.resize) < 1):
+            found.append(f"--{where}.resize must be width and height > 0, or null (it is {list(self.resize)})")
+        if self.classes and self.layout not in ("auto", "folder"):
+            found.append(f"--{where}.classes has no effect with --{where}.layout {self.layout}; leave one out")
+        return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A checked image.
+
+    Args:
+        name: unique in the index.
+        image: path of the image.
+        label: path of the label; None in an unlabelled index.
+        width, height: pixels, as stored.
+        counts: pixels of each class, [K]; None in an unlabelled index.
+    """
+
+    name: str
+    image: str
+    label: str | None
+    width: int
+    height: int
+    counts: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Index:
+    """A checked data set; `digest` is a sha256 over names, sizes, counts and classes, wherever the files lie."""
+
+    classes: ClassSet
+    layout: Layout
+    samples: tuple[Sample, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that is bad (`fatal`) or left out: `path`, the `problem` as a predicate, and `advice` what to do."""
+
+    path: Path
+    problem: str
+    advice: str
+    fatal: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.problem}; {self.advice}"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that was found at a root.
+
+    Args:
+        layout: the layout that was found.
+        labelled: labels were checked.
+        rows: bad and left-out files, sorted by path.
+        samples: good files, sorted by name.
+        notes: what is unusual but used, in sentences.
+        images, labels: files in the split.
+    """
+
+    layout: Layout
+    labelled: bool
+    rows: tuple[Problem, ...]
+    samples: tuple[Sample, ...]
+    notes: tuple[str, ...]
+    images: int
+    labels: int
+
+    @property
+    def fatal(self) -> tuple[Problem, ...]:
+        """The rows that keep training from starting."""
+        return tuple(row for row in self.rows if row.fatal)
+
+    def index(self) -> Index:
+        """The good files as an index."""
+        return Index(self.layout.classes, self.layout, self.samples, _digest(self.layout.classes, self.samples))
+
+
+def build_index(
+    config: DomainConfig, labelled: bool, option: str, cache: Path | None = None, report: Report | None = None
+) -> Index:
+    """Check a data set, or take the results of the last check for files that have not changed since.
+
+    Args:
+        config: where the data set is.
+        labelled: read the labels too; an unlabelled index never opens them.
+        option: prefix of the option names in errors, such as data.source.
+        cache: folder for the results; the default is $SSR_FAST_CACHE/index or ~/.cache/ssr_fast/index.
+        report: takes one-line messages.
+
+    Raises:
+        UserError: nothing to read, or bad files: the first is named, the others are counted.
+    """
+    tell = report or _silent
+    diagnosis = diagnose(config, labelled, option, cache, tell)
+    if diagnosis.fatal:
+        more = len(diagnosis.fatal) - 1
+        lists = f" (and {more} more, which `{_check_command(config, labelled)}` lists)" if more else ""
+        raise UserError(f"{option_name(option, 'root')} {config.root}: {diagnosis.fatal[0]}{lists}")
+    if diagnosis.rows:
+        tell(
+            f"{len(diagnosis.rows)} file(s) of {config.root} left out, the first because {diagnosis.rows[0].path} "
+            f"{diagnosis.rows[0].problem}; `{_check_command(config, labelled)}` lists them"
+        )
+    for note in diagnosis.notes:
+        tell(note)
+    return diagnosis.index()
+
+
+def diagnose(
+    config: DomainConfig, labelled: bool, option: str = "", cache: Path | None = None, report: Report | None = None
+) -> Diagnosis:
+    """Check every file of a data set and collect all that is wrong; arguments as for `build_index`.
+
+    Raises:
+        UserError: the root, layout, split, condition or classes file is wrong, so that there are no files to check.
+    """
+    if not config.root:
+        raise UserError(f"{option_name(option, 'root')} is missing; give the data set's folder")
+    layout = find_layout(Path(config.root), config.layout, config.classes, option)
+    if labelled and not layout.classes.count:
+        raise UserError(
+            f"{option_name(option, 'root')} {config.root} has no classes file, which the layout folder needs for its "
+            f"labels; write the class names into {layout.root / 'classes.json'} (for a numbered GTA5 copy give "
+            f"{option_name(option, 'layout')} gta5)"
+        )
+    listing = layout.listing(config.split, config.condition, option)
+    if not listing.entries:
+        asked = f"split {config.split}" + f", condition {config.condition}" * bool(config.condition)
+        raise UserError(
+            f"{option_name(option, 'root')} {config.root} holds no images ({layout.name}, {asked}); check both"
+        )
+    rows = _pairing_problems(listing, labelled, layout)
+    bad = {row.path for row in rows if row.fatal}
+    entries = [entry for entry in listing.entries if entry.image not in bad and not (labelled and entry.label is None)]
+    file = index_cache.cache_file(
+        cache or index_cache.default_folder(), layout, config.split, config.condition, labelled
+    )
+    checked, bad_files = _check_all(entries, layout, labelled, file, report or _silent)
+    samples = tuple(_sample(entry, row, labelled) for entry, row in checked)
+    rows += bad_files + _data_set_problems(samples, layout, rows + bad_files)
+    return Diagnosis(
+        layout=layout,
+        labelled=labelled,
+        rows=tuple(sorted(rows, key=lambda row: (not row.fatal, str(row.path)))),
+        samples=samples,
+        notes=_notes(checked, samples, layout.classes),
+        images=len(listing.entries),
+        labels=sum(entry.label is not None for entry in listing.entries),
+    )
+
+
+def _pairing_problems(listing: Listing, labelled: bool, layout: Layout) -> list[Problem]:
+    """Images that share a name, images without label, images with two labels, labels without image."""
+    rows: list[Problem] = []
+    for one, two in zip(listing.entries, listing.entries[1:], strict=False):
+        if one.name == two.name:
+            rows.append(Problem(two.image, f"has the same name as {one.image.name}", "rename or remove one of the two"))
+    if not labelled:
+        return rows
+    missing = [entry.image for entry in listing.entries if entry.label is None]
+    if len(missing) == len(listing.entries) > 1:
+        problem = f"has no labels at all for the {len(missing)} images of this split (layout {layout.name})"
+        return [*rows, Problem(layout.root, problem, "add them, or check it as unlabelled")]
+    rows += [Problem(image, "has no label", "add its label or remove the image") for image in missing]
+    rows += [
+        Problem(two, f"is a second label for the image of {one.name}", "remove one of the two")
+        for one, two in listing.rivals
+    ]
+    return rows + [Problem(path, "has no image", "add its image", fatal=False) for path in listing.orphans]
+
+
+class _LeftOut(BadFile):
+    """A file that is no reason to stop: training does without it."""
+
+
+def _check(entry: Entry, layout: Layout, labelled: bool, stamp: index_cache.Stamp) -> Row:
+    """Open one image and its label completely.
+
+    Raises:
+        BadFile: what is wrong with one of them.
+    """
+    image, notes = decode_image(entry.image)
+    height, width = image.shape[:2]
+    if not labelled or entry.label is None:
+        return Row(stamp, width, height, None, notes)
+    label = layout.read_label(entry.label)
+    if label.shape != (height, width):
+        kind = _LeftOut if layout.name == "gta5" else BadFile
+        size = f"is {label.shape[1]}x{label.shape[0]} and its image {entry.image.name} is {width}x{height} pixels"
+        raise kind(entry.label, size, "remove the pair or restore both files from their source")
+    counts = np.bincount(label.ravel(), minlength=256)[: layout.classes.count]
+    if not counts.any():
+        raise _LeftOut(entry.label, "is ignored everywhere", "check that it belongs to this data set")
+    return Row(stamp, width, height, tuple(counts.tolist()), notes)
+
+
+def _check_all(
+    entries: Sequence[Entry], layout: Layout, labelled: bool, file: Path, report: Report
+) -> tuple[list[tuple[Entry, Row]], list[Problem]]:
+    """Check the entries that changed since the results in `file`, in parallel; what is done is kept if interrupted."""
+    known = index_cache.load(file, layout.classes.count, report)
+    stamps = {entry.name: index_cache.stamp(entry, layout.root, labelled) for entry in entries}
+    kept = {name: known[name] for name, stamp in stamps.items() if name in known and known[name].stamp == stamp}
+    to_check = [entry for entry in entries if entry.name not in kept]
+    if to_check:
+        report(f"checking {len(to_check)} of {len(entries)} files of {layout.root}")
+    rows = dict(kept)
+    problems: list[Problem] = []
+
+    def check(entry: Entry) -> Row | BadFile:
+        stamp = stamps[entry.name] or index_cache.Stamp(0, 0, "", 0, 0)  # no stamp: the check names the reason
+        try:
+            return _check(entry, layout, labelled, stamp)
+        except BadFile as error:
+            return error
+
+    pool = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
+    try:
+        for entry, result in zip(to_check, pool.map(check, to_check), strict=True):
+            if isinstance(result, BadFile):
+                fatal = not isinstance(result, _LeftOut)
+                problems.append(Problem(result.path, result.problem, result.advice, fatal))
+            else:
+                rows[entry.name] = result
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if rows != known:
+            index_cache.save(file, rows, report)
+    return [(entry, rows[entry.name]) for entry in entries if entry.name in rows], problems
+
+
+def _data_set_problems(samples: Sequence[Sample], layout: Layout, rows: Sequence[Problem]) -> list[Problem]:
+    """What only all files together show: nothing is left, or a 0/255 mask whose 255 was read as 'ignored'."""
+    if not samples and not any(row.fatal for row in rows):
+        return [Problem(layout.root, "has no usable image", "see the files that are left out")]
+    total = total_counts(samples)
+    if layout.classes.count == 2 and len(total) == 2:
+        ignored = sum(sample.width * sample.height for sample in samples) - int(total.sum())
+        if total[1] == 0 and ignored:
+            problem = f"has no pixel of the class {layout.classes.names[1]} but {ignored} ignored ones"
+            advice = 'if 255 is the second class, write "ids": {"0": 0, "255": 1} into the classes file'
+            return [Problem(layout.root, problem, advice)]
+    return []
+
+
+def total_counts(samples: Sequence[Sample]) -> NDArray[np.int64]:
+    """Pixels of each class over the data set, [K]; empty for an unlabelled one."""
+    counts = [sample.counts for sample in samples if sample.counts is not None]
+    return np.array(counts, np.int64).sum(0) if counts else np.zeros(0, np.int64)
+
+
+def _notes(checked: Sequence[tuple[Entry, Row]], samples: Sequence[Sample], classes: ClassSet) -> tuple[str, ...]:
+    """One sentence for each kind of conversion, and for classes that never occur."""
+    by_note: dict[str, list[Path]] = defaultdict(list)
+    for entry, row in checked:
+        for note in row.notes:
+            by_note[note].append(entry.image)
+    notes = [
+        f"{len(images)} of {len(checked)} images: {note} (the first is {images[0]})"
+        for note, images in sorted(by_note.items())
+    ]
+    absent = [classes.names[k] for k in np.flatnonzero(total_counts(samples) == 0)]
+    if absent:
+        notes.append(f"no label holds the class{'es' * (len(absent) > 1)} {', '.join(absent)}")
+    return tuple(notes)
+
+
+def _sample(entry: Entry, row: Row, labelled: bool) -> Sample:
+    label = str(entry.label) if labelled else None
+    return Sample(entry.name, str(entry.image), label, row.width, row.height, row.counts)
+
+
+def _digest(classes: ClassSet, samples: Sequence[Sample]) -> str:
+    content = [classes.names, [(s.name, s.width, s.height, s.counts) for s in samples]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _check_command(config: DomainConfig, labelled: bool) -> str:
+    """The command line that lists all problems of this data set."""
+    words = ["python", "-m", "ssr_fast.prepare", "check", config.root]
+    for name, default in (("layout", "auto"), ("split", "train"), ("condition", ""), ("classes", "")):
+        if getattr(config, name) != default:
+            words += [f"--{name}", getattr(config, name)]
+    return shlex.join(words + ["--unlabelled"] * (not labelled))
+
+
+def _silent(_: str) -> None:
+    """No messages."""

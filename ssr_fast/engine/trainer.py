@@ -1,0 +1,205 @@
+"""The training loop of one stage in one process: batch -> loss -> backward -> guarded step -> metrics, and around it
+evaluation, checkpoints, resume and a clean stop."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ssr_fast.data.torch_loader import Batch
+from ssr_fast.engine.checkpoint import CheckpointStore
+from ssr_fast.engine.guard import StepGuard, StopSignal
+from ssr_fast.engine.metrics import MetricLog
+from ssr_fast.engine.optim import OptimConfig, build_optimizer, learning_rate, optimizer_state, set_learning_rate
+from ssr_fast.engine.progress import Progress
+from ssr_fast.errors import UserError
+from ssr_fast.methods.method import Method
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """The run; the options `--run.*`."""
+
+    dir: str = ""
+    """Folder of everything that the run writes; unset: runs/<preset>, numbered if it exists."""
+    steps: int = 40000
+    """Optimiser steps of a stage."""
+    seed: int = 0
+    """Seed of the initial weights, the samples and all augmentation."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    stages: tuple[str, ...] | None = None
+    """Methods to train one after another from the same start, to compare them; null: only method.name."""
+    log_every: int = 50
+    """Steps in one row of the metrics; the device is read once for each."""
+    evaluate_every: int = 4000
+    """Steps between evaluations on the target; the last step is always evaluated."""
+    save_every: int = 4000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    samples: int = 4
+    """Evaluation images shown in the report."""
+
+    def problems(self, where: str) -> list[str]:
+        """Sentences about illegal values; empty if all is well."""
+        found = []
+        for name in ("steps", "log_every", "evaluate_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                found.append(f"--{where}.{name} must be at least 1 (it is {getattr(self, name)})")
+        for name in ("seed", "samples"):
+            if getattr(self, name) < 0:
+                found.append(f"--{where}.{name} must not be negative (it is {getattr(self, name)})")
+        kind = self.device.partition(":")[0]
+        if kind not in ("auto", "cpu", "cuda"):
+            found.append(f"--{where}.device must be auto, cpu, cuda or cuda:N (it is {self.device})")
+        if kind == "cuda" and not torch.cuda.is_available():
+            found.append(f"--{where}.device {self.device} asks for a GPU and PyTorch finds none: use auto or cpu")
+        return found
+
+
+class Evaluation(Protocol):
+    """What the trainer needs of an evaluation's result: mIoU in percent, IoU in percent by class name."""
+
+    @property
+    def miou(self) -> float: ...
+    @property
+    def per_class(self) -> dict[str, float]: ...
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved; args: the signal's name and the number of finished steps."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of an option's value: "auto" is the first GPU if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+class Trainer:
+    """Trains one method.
+
+    Args:
+        method: the nets and their loss, on `device`.
+        load: (first step, last step) -> batches of the steps in between, on the host.
+        evaluate: student -> scores on the target.
+        run, optim: the options.
+        store: checkpoints of this stage.
+        log: metrics of this stage.
+        stop: the flag that a signal sets.
+        config: the run's resolved configuration, for the checkpoints' manifests.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        load: Callable[[int, int], Iterator[Batch]],
+        evaluate: Callable[[nn.Module], Evaluation],
+        *,
+        run: RunConfig,
+        optim: OptimConfig,
+        store: CheckpointStore,
+        log: MetricLog,
+        stop: StopSignal,
+        config: dict[str, Any],
+        device: torch.device,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        self.method, self.load, self.evaluate = method, load, evaluate
+        self.run, self.optim, self.store, self.log, self.stop, self.config = run, optim, store, log, stop, config
+        self.device, self.report = device, report
+        self.optimizer = build_optimizer(method.trainable(), optim)
+        self.guard = StepGuard(self.optimizer, list(_statistics(method)), optim.clip_norm)
+        self.done = 0
+        self.scores: Evaluation | None = None
+        self.seconds = 0.0
+
+    def resume(self) -> bool:
+        """Continue after the newest checkpoint that verifies; False if there is none."""
+        path = self.store.latest()
+        if path is None:
+            return False
+        state = self._state()
+        self.store.load(path, state)
+        self.done, self.seconds = int(state["progress"]["step"]), float(state["progress"]["seconds"])
+        self.guard.skipped.fill_(int(state["progress"]["skipped"]))
+        self.log.load_state_dict(state["log"])
+        self.log.truncate(self.done)
+        self.report(f"resumed {self.method.stage_name} after step {self.done} from {path}")
+        return True
+
+    def fit(self) -> Evaluation:
+        """Train to the last step and return its evaluation.
+
+        Raises:
+            Stopped: a signal asked for it; a checkpoint of the finished steps has been written.
+            UserError: a sample cannot be read, or the loss was not finite in a whole window of steps.
+        """
+        started = time.perf_counter() - self.seconds
+        with Progress(self.run.steps, self.method.stage_name, self.done) as progress:
+            for step, batch in enumerate(self.load(self.done, self.run.steps), self.done):
+                terms = self.train_step(batch.to(self.device), step)
+                self.done = step + 1
+                images = 2 * batch.source_image.shape[0]
+                row = self.log.add(self.done, {**terms, "lr": self.rate, "images": images})
+                progress.update(self.done, row)
+                if row is not None and row["skipped"] >= self.done and self.done >= 2:
+                    raise UserError(_never_finite(self.done, self.optim.lr))
+                self.seconds = time.perf_counter() - started
+                last = self.done == self.run.steps
+                if last or self.done % self.run.evaluate_every == 0:
+                    self._evaluate()
+                if last or self.done % self.run.save_every == 0 or self.stop.requested:
+                    self.save()
+                if self.stop.requested and not last:
+                    raise Stopped(self.stop.requested, self.done)
+        if self.scores is None:  # resumed after the last step
+            self._evaluate()
+        assert self.scores is not None
+        return self.scores
+
+    def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """One optimiser step on a batch on the device; returns the terms for the log, still on the device."""
+        self.rate = learning_rate(step, self.optim, self.run.steps)
+        set_learning_rate(self.optimizer, self.rate)
+        self.guard.before_forward()
+        terms = self.method.losses(batch, step)
+        terms["loss"].backward()  # type: ignore[no-untyped-call]
+        self.guard.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        terms["loss"] = terms["loss"].detach()
+        return {**terms, "grad_norm": self.guard.grad_norm, "skipped": self.guard.skipped}
+
+    def save(self) -> None:
+        """Write a checkpoint of the finished steps."""
+        score = self.scores.miou if self.scores is not None else None
+        self.store.save(self.done, self._state(), config=self.config, score=score)
+
+    def _evaluate(self) -> None:
+        self.scores = self.evaluate(self.method.student)
+        self.log.evaluation(self.done, self.scores.miou, self.scores.per_class)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds; loading writes into these very tensors."""
+        return {
+            "nets": {name: net.state_dict() for name, net in self.method.saved().items()},
+            "optimizer": optimizer_state(self.optimizer),
+            "log": self.log.state_dict(),
+            "progress": {"step": self.done, "seconds": self.seconds, "skipped": int(self.guard.skipped)},
+        }
+
+
+def _statistics(method: Method) -> Iterator[Tensor]:
+    """Running statistics that a forward pass changes, of the student and of a teacher."""
+    for module in method.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield from (buffer for buffer in module.buffers(recurse=False))
+
+
+def _never_finite(steps: int, lr: float) -> str:
+    return f"the gradient was not finite in any of the first {steps} steps: lower --optim.lr (it is {lr})"

@@ -1,0 +1,150 @@
+"""Evaluation of a network on a list of samples: one global confusion matrix at the labels' own sizes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ssr_fast.data.augment import fitted_size, normalise_batch, resize_image
+from ssr_fast.data.index import Sample
+from ssr_fast.data.layouts import read_image
+from ssr_fast.errors import UserError
+from ssr_fast.eval.confusion import ConfusionMatrix
+from ssr_fast.eval.inference import InferenceConfig, Network, predict_labels
+
+ReadLabel = Callable[[Path], NDArray[np.uint8]]
+Visit = Callable[[Sample, NDArray[np.uint8], NDArray[np.uint8]], None]
+
+_AHEAD = 4  # decoded pictures that may wait for the network: reading a PNG takes longer than a forward on a GPU
+
+
+def evaluate_samples(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    read_label: ReadLabel,
+    config: InferenceConfig,
+    resize: tuple[int, int] | None,
+    device: torch.device | str,
+    class_count: int,
+    progress: Callable[[int, int], None] | None = None,
+    visit: Visit | None = None,
+) -> ConfusionMatrix:
+    """Count a network's predictions against the labels.
+
+    Each image is resized into the box with OpenCV, its logits go back to the label's own size. The network is in eval
+    mode meanwhile; afterwards every module is in the mode that it had.
+
+    Args:
+        model: on `device`; [b, 3, H, W] normalised -> logits [b, K, h, w], or an object with such `logits`.
+        samples: labelled samples. A rank of a distributed job gives its share and adds the ranks' counts.
+        read_label: file -> train ids uint8 [H, W], 255 ignored (Layout.read_label).
+        config: legal InferenceConfig.
+        resize: (width, height) of the box, or None for the images' own sizes.
+        device: where the network runs.
+        class_count: K.
+        progress: called with (samples done, samples in all) after each sample.
+        visit: called with (sample, prediction uint8 [H, W], label uint8 [H, W]) for each sample.
+
+    Returns:
+        ConfusionMatrix on `device`.
+
+    Raises:
+        UserError: a file is bad, a sample has no label, a label holds a class that the network does not know, or the
+            GPU's memory is too small.
+    """
+    matrix = ConfusionMatrix(class_count, device)
+    network = logits_only(model)
+    with evaluating(model), torch.no_grad():
+        for done, (sample, image, label) in enumerate(_read_ahead(samples, read_label, resize), 1):
+            prediction = predict_picture(network, image, config, label.shape, device)
+            try:
+                matrix.update(prediction, torch.from_numpy(label).to(device))
+            except ValueError as error:
+                raise UserError(f"{sample.label} does not fit the network: {error}") from error
+            if visit is not None:
+                visit(sample, prediction.to(torch.uint8).cpu().numpy(), label)
+            if progress is not None:
+                progress(done, len(samples))
+    return matrix
+
+
+def predict_picture(
+    network: Network,
+    image: NDArray[np.uint8],
+    config: InferenceConfig,
+    size: tuple[int, ...],
+    device: torch.device | str,
+) -> Tensor:
+    """image uint8 [H, W, 3] RGB -> predicted classes int64 [size[0], size[1]] on `device`.
+
+    Raises:
+        UserError: the GPU's memory does not hold the image in this mode.
+    """
+    pixels = normalise_batch(torch.from_numpy(image).to(device)[None])  # [1, 3, H, W]
+    try:
+        return predict_labels(network, pixels, config, (size[0], size[1]))[0]
+    except torch.OutOfMemoryError as error:
+        advice = "use --inference.mode slide" if config.mode == "whole" else "use a smaller --inference.crop or batch"
+        raise UserError(
+            f"the GPU ran out of memory on an image of {image.shape[1]}x{image.shape[0]} pixels: {advice}, "
+            "or resize the images to a smaller box"
+        ) from error
+
+
+def fit_picture(image: NDArray[np.uint8], resize: tuple[int, int] | None) -> NDArray[np.uint8]:
+    """image uint8 [H, W, 3] resized into the (width, height) box, its ratio kept."""
+    return resize_image(image, fitted_size(image.shape[1], image.shape[0], resize))
+
+
+def logits_only(model: Callable[[Tensor], Any]) -> Network:
+    """The model as a function to logits: some give a Tensor, a Segmentor gives an object with `logits`."""
+
+    def network(images: Tensor) -> Tensor:
+        output = model(images)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits
+
+    return network
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module is as it was: frozen or BatchNorm parts may differ from the rest."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+_Pair = tuple[Sample, NDArray[np.uint8], NDArray[np.uint8]]
+
+
+def _read_ahead(samples: Sequence[Sample], read_label: ReadLabel, resize: tuple[int, int] | None) -> Iterator[_Pair]:
+    """(sample, resized image, label) in order, decoded in threads a few samples ahead."""
+
+    def read(sample: Sample) -> _Pair:
+        if sample.label is None:
+            raise UserError(f"{sample.image} has no label: an evaluation needs one for each image")
+        return sample, fit_picture(read_image(Path(sample.image)), resize), read_label(Path(sample.label))
+
+    waiting: list[Future[_Pair]] = []
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        try:
+            for sample in samples:
+                waiting.append(pool.submit(read, sample))
+                if len(waiting) > _AHEAD:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()

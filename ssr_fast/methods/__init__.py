@@ -1,0 +1,1 @@
+"""Training methods: supervised, self-training, SSR."""

@@ -1,0 +1,57 @@
+"""One function that builds any method from its options."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+
+from ssr_fast.data.labels import ClassSet
+from ssr_fast.errors import UserError
+from ssr_fast.methods.method import Method, MethodConfig, class_weights
+from ssr_fast.methods.self_training import SelfTraining, SelfTrainingConfig
+from ssr_fast.methods.ssr import Ssr, SsrConfig
+from ssr_fast.models.sam import SamConfig, build_sam
+from ssr_fast.models.segmentor import ModelConfig, build_segmentor
+from ssr_fast.models.weights import load_backbone
+
+
+def build_method(
+    name: str,
+    *,
+    method: MethodConfig,
+    model: ModelConfig,
+    self_training: SelfTrainingConfig,
+    ssr: SsrConfig,
+    sam: SamConfig,
+    classes: ClassSet,
+    counts: Sequence[int],
+    seed: int,
+    device: torch.device,
+) -> Method:
+    """Build the nets of a method on a device, in training mode; equal options give bit-equal weights.
+
+    Args:
+        name: supervised, self_training or ssr (`method.name` may list a preset's other stages).
+        counts: source pixels of each class, for the class weights.
+
+    Raises:
+        UserError: weights that cannot be read or are of another model.
+    """
+    student = build_segmentor(model, classes.count, seed)
+    if model.weights:
+        load_backbone(student, model.weights)
+    weights = class_weights(method.class_weight, counts)
+    if name == "supervised":
+        return Method(student, weights, seed).to(device).train()
+    if self_training.feature_distance > 0 and not classes.things:
+        raise UserError(
+            f"--self_training.feature_distance {self_training.feature_distance} works on thing classes and the classes "
+            f"of this data set ({classes.name}) name none: give --self_training.feature_distance 0"
+        )
+    reference = copy.deepcopy(student.backbone) if self_training.feature_distance > 0 else None
+    if name == "self_training":
+        built: Method = SelfTraining(student, weights, seed, self_training, classes.count, classes.things, reference)
+    else:
+        encoder = build_sam(sam)
+        built = Ssr(student, weights, seed, self_training, classes.count, ssr, encoder, classes.things, reference)
+    return built.to(device).train()

@@ -1,0 +1,120 @@
+"""What every training method is: nets, a loss of one step, and what of it is trained, saved and shipped.
+
+B batch, H W pixels, K classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from ssr_kernels import counter
+from ssr_kernels.segloss import segloss
+from torch import Tensor, nn
+
+from ssr_fast.data.augment import normalise_batch
+from ssr_fast.data.torch_loader import Batch
+from ssr_fast.models.segmentor import Segmentor
+
+METHODS = ("supervised", "self_training", "ssr")
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """The training method; the options `--method.*`."""
+
+    name: str = "self_training"
+    """supervised (source only), self_training (DAFormer's), or ssr (self_training with SAM as the regulariser)."""
+    class_weight: str = "none"
+    """Weight of a class in the cross-entropy: none, or inverse_sqrt of its share of the source pixels (mean 1)."""
+
+    def problems(self, where: str) -> list[str]:
+        """Sentences about illegal values; empty if all is well."""
+        found = []
+        if self.name not in METHODS:
+            found.append(f"--{where}.name must be one of {', '.join(METHODS)} (it is {self.name})")
+        if self.class_weight not in ("none", "inverse_sqrt"):
+            found.append(f"--{where}.class_weight must be none or inverse_sqrt (it is {self.class_weight})")
+        return found
+
+
+def class_weights(kind: str, counts: Sequence[int]) -> Tensor:
+    """float32 [256] weight of each label value: 1, or share^-0.5 normalised to mean 1 over the source's pixels.
+
+    Args:
+        kind: "none" or "inverse_sqrt".
+        counts: source pixels of each class.
+    """
+    weights = torch.ones(256)
+    if kind == "inverse_sqrt":
+        share = torch.tensor(counts, dtype=torch.float64)
+        share = share / share.sum().clamp(min=1)
+        raw = share.clamp(min=1e-5).rsqrt()
+        weights[: len(counts)] = (raw / (raw * share).sum().clamp(min=1e-12)).float()
+    return weights
+
+
+def step_key(seed: int, step: int, rank: int, device: torch.device) -> Tensor:
+    """The key of all random numbers that one rank draws in one step: int64 scalar on `device`."""
+    key = torch.zeros((), dtype=torch.int64, device=device)
+    for value in (seed, step, rank):
+        key = counter.fold(key, value)
+    return key
+
+
+def rows(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h, w, C]; no copy, as the networks keep channels last in memory."""
+    return x.permute(0, 2, 3, 1)
+
+
+class Method(nn.Module):
+    """Base of the methods, and itself the supervised one (source only).
+
+    Everything random in `losses` is a function of (seed, step, rank), nothing waits for the device and no shape
+    depends on data, so that a step can be captured in a graph and repeated bit for bit.
+
+    Args:
+        student: the network that is trained, evaluated and shipped.
+        weights: float32 [256] class weights of the cross-entropy.
+        seed: the run's seed.
+        rank: this process among those that train together.
+    """
+
+    stage_name = "source_only"
+    class_weight: Tensor
+
+    def __init__(self, student: Segmentor, weights: Tensor, seed: int, rank: int = 0) -> None:
+        super().__init__()
+        self.student, self.seed, self.rank = student, seed, rank
+        self.register_buffer("class_weight", weights, persistent=False)
+
+    def trainable(self) -> dict[str, nn.Module]:
+        """Modules by optimiser group: backbone, head and, where a method has them, extra."""
+        return {"backbone": self.student.backbone, "head": self.student.decode_head}
+
+    def saved(self) -> dict[str, nn.Module]:
+        """Modules whose state a checkpoint must hold."""
+        return {"student": self.student}
+
+    def begin(self, step: int) -> Tensor:
+        """Prepare step (counted from 0): the key of its random numbers, handed to the student's stochastic layers."""
+        key = step_key(self.seed, step, self.rank, self.class_weight.device)
+        self.student.noise.key.copy_(counter.fold(key, 1))
+        return key
+
+    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Loss terms of a step, scalars; "loss" is what is differentiated, the others are for the log."""
+        self.begin(step)
+        output = self.student(normalise_batch(batch.source_image))
+        loss = self.cross_entropy(output.logits, batch.source_label)
+        return {"loss": loss, "loss/source": loss.detach()}
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Class-weighted cross-entropy of stride-4 logits [B, K, h, w] to labels uint8 [B, H, W], mean over ALL pixels.
+
+        Args:
+            weights: float32 [B, H, W] pixel weights, or None for 1.
+        """
+        pixel_weight = self.class_weight[labels.to(torch.int64)]  # [B, H, W]
+        if weights is not None:
+            pixel_weight = pixel_weight * weights
+        return segloss(rows(logits), labels, pixel_weight)

@@ -1,0 +1,200 @@
+"""Self-training as DAFormer does it (recipe: Hoyer et al., CVPR 2022), with one summed backward.
+
+A teacher labels the clean target image; ClassMix pastes half of the source's classes onto it; the student learns from
+the strongly augmented mixture. B batch, H W pixels, h w feature pixels, K classes, C channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from ssr_kernels import counter
+from ssr_kernels.segloss import pseudo_label
+from torch import Tensor, nn
+
+from ssr_fast.data.augment import normalise_batch, strong_augment
+from ssr_fast.data.torch_loader import Batch
+from ssr_fast.methods.method import Method, rows
+from ssr_fast.methods.mixing import class_masks, paste
+from ssr_fast.methods.teacher import Teacher
+from ssr_fast.models.segmentor import Segmentor, SegmentorOutput
+
+
+@dataclass(kw_only=True)
+class SelfTrainingConfig:
+    """Self-training; the options `--self_training.*`."""
+
+    start_step: int = 0
+    """Step from which pseudo-labels are used; before it the student learns from the source alone."""
+    momentum: float = 0.999
+    """Final rate of the teacher's moving average."""
+    threshold: float = 0.968
+    """A pseudo-label counts as confident from this probability on; the share of such pixels weighs the target."""
+    ignore_top: float = 15 / 512
+    """Share of a crop's rows at the top whose pseudo-labels weigh nothing."""
+    ignore_bottom: float = 120 / 512
+    """Share of a crop's rows at the bottom whose pseudo-labels weigh nothing (the car's bonnet in Cityscapes)."""
+    feature_distance: float = 0.005
+    """Weight of the distance of stage-4 features to the frozen initial backbone on thing classes; 0 switches it off.
+    It needs pretrained `--model.weights`."""
+    jitter: float = 0.2
+    """Strength of the colour jitter on the mixed image."""
+    jitter_probability: float = 0.8
+    """Probability of the colour jitter."""
+    blur_probability: float = 0.5
+    """Probability of the Gaussian blur."""
+
+    def problems(self, where: str) -> list[str]:
+        """Sentences about illegal values; empty if all is well."""
+        found = []
+        if self.start_step < 0:
+            found.append(f"--{where}.start_step must not be negative (it is {self.start_step})")
+        for name in ("momentum", "threshold", "ignore_top", "ignore_bottom", "jitter_probability", "blur_probability"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                found.append(f"--{where}.{name} must lie in [0, 1] (it is {getattr(self, name)})")
+        if not 0.0 <= self.jitter <= 0.5:
+            found.append(f"--{where}.jitter must lie in [0, 0.5] (it is {self.jitter})")
+        if self.feature_distance < 0:
+            found.append(f"--{where}.feature_distance must not be negative (it is {self.feature_distance})")
+        return found
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The second half of a student batch.
+
+    Attributes:
+        image: float32 [B, 3, H, W], normalised, strongly augmented.
+        label: uint8 [B, H, W], source labels and pseudo-labels.
+        weight: float32 [B, H, W].
+        confident: scalar, share of confident pixels.
+    """
+
+    image: Tensor
+    label: Tensor
+    weight: Tensor
+    confident: Tensor
+
+
+class SelfTraining(Method):
+    """Teacher-student self-training on [source; mixed].
+
+    Args:
+        student, weights, seed, rank: see Method.
+        config: the options.
+        class_count: K.
+        things: classes of the feature distance.
+        reference: frozen pretrained backbone of the feature distance; None where its weight is 0.
+    """
+
+    stage_name = "self_training"
+
+    def __init__(
+        self,
+        student: Segmentor,
+        weights: Tensor,
+        seed: int,
+        config: SelfTrainingConfig,
+        class_count: int,
+        things: tuple[int, ...] = (),
+        reference: nn.Module | None = None,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(student, weights, seed, rank)
+        self.config, self.class_count, self.things = config, class_count, things
+        self.teacher = Teacher(student, config.momentum)
+        self.reference = reference.eval().requires_grad_(False) if reference is not None else None
+
+    def train(self, mode: bool = True) -> "SelfTraining":
+        """The frozen reference stays in eval mode."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def saved(self) -> dict[str, nn.Module]:
+        """The teacher is part of a checkpoint: its parameters and its BatchNorm buffers."""
+        return {**super().saved(), "teacher": self.teacher.net}
+
+    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Source and, from start_step on, mixed cross-entropy, feature distance and whatever a subclass adds."""
+        key = self.begin(step)
+        self.teacher.follow(self.student, step)
+        adapting = step >= self.config.start_step
+        source = normalise_batch(batch.source_image)
+        mixed = self.mix(batch, source, counter.fold(key, 2), adapting) if adapting or self.wants_target(step) else None
+        if mixed is None:
+            output = self.student(source)
+        else:
+            output = self.student(torch.cat([source, mixed.image]), domains=2)
+        logits = output.logits.chunk(1 if mixed is None else 2)
+        terms = {"loss/source": self.cross_entropy(logits[0], batch.source_label)}
+        if mixed is not None and adapting:
+            terms["loss/mixed"] = self.cross_entropy(logits[1], mixed.label, mixed.weight)
+        if self.reference is not None:
+            terms["loss/feature_distance"] = self.feature_distance(output, source, batch.source_label)
+        terms |= self.regularise(batch, source, mixed, output, adapting)
+        loss = torch.stack(list(terms.values())).sum()
+        logged = {name: terms[name].detach() if name in terms else loss.detach() * 0.0 for name in self.term_names()}
+        confident = mixed.confident if mixed is not None else loss.detach() * 0.0
+        return {"loss": loss, **logged, "confident": confident}
+
+    def term_names(self) -> list[str]:
+        """Names of the loss terms in the log; the same in every step."""
+        return ["loss/source", "loss/mixed"] + (["loss/feature_distance"] if self.reference is not None else [])
+
+    def wants_target(self, step: int) -> bool:
+        """Whether the student sees the (unmixed) target before pseudo-labels are used."""
+        return False
+
+    def regularise(
+        self, batch: Batch, source: Tensor, mixed: Mixed | None, output: SegmentorOutput, adapting: bool
+    ) -> dict[str, Tensor]:
+        """Further weighted loss terms by name."""
+        return {}
+
+    @torch.no_grad()
+    def mix(self, batch: Batch, source: Tensor, key: Tensor, adapting: bool) -> Mixed:
+        """Pseudo-label the target, paste source classes onto it and augment the result.
+
+        Before start_step nothing is pasted and nothing labelled: the image is the augmented target.
+        """
+        target = normalise_batch(batch.target_image)
+        height, width = batch.source_label.shape[-2:]
+        if adapting:
+            label, _, count = pseudo_label(rows(self.teacher(target)), (height, width), self.config.threshold)
+            confident = count.to(torch.float32) / label.numel()
+            valid = batch.target_valid & self._row_mask(height, target.device)
+            mask = class_masks(batch.source_label, self.class_count, counter.fold(key, 1))
+            weight = torch.where(mask, 1.0, confident * valid)
+            label = paste(mask, batch.source_label, label)
+            target = paste(mask, source, target)
+        else:
+            label, weight = torch.full_like(batch.source_label, 255), torch.zeros_like(source[:, 0])
+            confident = torch.zeros((), device=target.device)
+        config = self.config
+        image = strong_augment(
+            target, counter.fold(key, 2), config.jitter, config.jitter_probability, config.blur_probability
+        )
+        return Mixed(image, label, weight, confident)
+
+    def _row_mask(self, height: int, device: torch.device) -> Tensor:
+        """bool [1, H, 1]: rows whose pseudo-labels count."""
+        row = torch.arange(height, device=device).view(1, height, 1)
+        top, bottom = round(self.config.ignore_top * height), round(self.config.ignore_bottom * height)
+        return (row >= top) & (row < height - bottom)
+
+    def feature_distance(self, output: SegmentorOutput, source: Tensor, label: Tensor) -> Tensor:
+        """Weighted mean L2 distance of the student's stage-4 features to the frozen backbone's on thing regions.
+
+        A feature pixel counts where one thing class covers at least 0.75 of it; without any the term is 0.
+        """
+        assert self.reference is not None
+        with torch.no_grad():
+            anchor = self.reference(source)[-1]  # [B, C, h, w]
+        feature = output.features[-1][: source.shape[0]]
+        things = torch.tensor(self.things, device=label.device).view(1, -1, 1, 1)
+        share = F.adaptive_avg_pool2d((label[:, None] == things).to(torch.float32), feature.shape[-2:])
+        mask = (share.amax(1) >= 0.75).to(torch.float32)  # [B, h, w]
+        distance = torch.linalg.vector_norm(feature - anchor, dim=1)
+        return self.config.feature_distance * (distance * mask).sum() / mask.sum().clamp(min=1.0)

@@ -1,0 +1,138 @@
+"""SSR: self-training regularised by a frozen SAM (arXiv 2401.14686). Nothing of SAM remains in the student.
+
+B batch, H W pixels, h w feature pixels, D encoder channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ssr_fast.data.torch_loader import Batch
+from ssr_fast.methods.regularisers import POINTS, CosineAlignment, Injection, seeded
+from ssr_fast.methods.self_training import Mixed, SelfTraining, SelfTrainingConfig
+from ssr_fast.models.sam import FrozenEncoder
+from ssr_fast.models.segmentor import Segmentor, SegmentorOutput
+
+
+@dataclass(kw_only=True)
+class SsrConfig:
+    """The regulariser; the options `--ssr.*`."""
+
+    regulariser: str = "cosine"
+    """cosine (projection + cosine alignment) or injection (the authors' released code: the encoder's tokens are
+    attended to and the head decodes a second time)."""
+    points: tuple[str, ...] | None = None
+    """Where: any of stage1, stage2, stage3, stage4, fused (what the classifier reads; cosine only); null: all."""
+    weight: float = 1.0
+    """Weight of the regulariser's loss."""
+    domains: str = "both"
+    """Which half of the student's batch is regularised: source, mixed or both."""
+
+    def problems(self, where: str) -> list[str]:
+        """Sentences about illegal values; empty if all is well."""
+        found = []
+        if self.regulariser not in ("cosine", "injection"):
+            found.append(f"--{where}.regulariser must be cosine or injection (it is {self.regulariser})")
+        allowed = POINTS[:4] if self.regulariser == "injection" else POINTS
+        points = self.chosen_points()
+        for point in points:
+            if point not in allowed:
+                found.append(
+                    f"--{where}.points holds {point}: --{where}.regulariser {self.regulariser} knows {', '.join(allowed)}"
+                )
+        if not points or len(set(points)) != len(points):
+            found.append(f"--{where}.points must name each point once, at least one (it is {list(points)})")
+        if self.weight <= 0:
+            found.append(f"--{where}.weight must be > 0 (it is {self.weight}); for none choose --method.name self_training")
+        if self.domains not in ("source", "mixed", "both"):
+            found.append(f"--{where}.domains must be source, mixed or both (it is {self.domains})")
+        return found
+
+    def chosen_points(self) -> tuple[str, ...]:
+        """The points, or all that the regulariser knows."""
+        if self.points is not None:
+            return tuple(self.points)
+        return POINTS[:4] if self.regulariser == "injection" else POINTS
+
+
+class Ssr(SelfTraining):
+    """Self-training with the regulariser on top.
+
+    Args:
+        student, weights, seed, config, class_count, things, reference, rank: see SelfTraining.
+        ssr: the regulariser's options.
+        encoder: the frozen encoder.
+    """
+
+    stage_name = "ssr"
+
+    def __init__(
+        self,
+        student: Segmentor,
+        weights: Tensor,
+        seed: int,
+        config: SelfTrainingConfig,
+        class_count: int,
+        ssr: SsrConfig,
+        encoder: FrozenEncoder,
+        things: tuple[int, ...] = (),
+        reference: nn.Module | None = None,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(student, weights, seed, config, class_count, things, reference, rank)
+        self.ssr, self.encoder = ssr, encoder
+        points = ssr.chosen_points()
+        dims, heads = student.backbone.shape.dims, student.backbone.shape.heads
+        if ssr.regulariser == "cosine":
+            sizes = dict(zip(POINTS, (*dims, student.config.channels), strict=True))
+            channels = [sizes[point] for point in points]
+            self.regulariser = seeded(CosineAlignment, seed, points, channels, encoder.channels())
+        else:
+            self.regulariser = seeded(Injection, seed, points, dims, heads, encoder.channels())
+
+    def trainable(self) -> dict[str, nn.Module]:
+        """The regulariser trains with the backbone's learning rate."""
+        return {**super().trainable(), "extra": self.regulariser}
+
+    def saved(self) -> dict[str, nn.Module]:
+        """The regulariser's projections are part of a checkpoint; the frozen encoder is not."""
+        return {**super().saved(), "regulariser": self.regulariser}
+
+    def wants_target(self, step: int) -> bool:
+        """The regulariser needs no labels, so it sees the target from the first step."""
+        return self.ssr.domains != "source"
+
+    def term_names(self) -> list[str]:
+        """Names of the loss terms in the log."""
+        return [*super().term_names(), f"loss/{self.ssr.regulariser}"]
+
+    def regularise(
+        self, batch: Batch, source: Tensor, mixed: Mixed | None, output: SegmentorOutput, adapting: bool
+    ) -> dict[str, Tensor]:
+        """The weighted regulariser on the chosen half of the batch."""
+        count = source.shape[0]
+        keep = {"source": slice(0, count), "mixed": slice(count, None), "both": slice(None)}[self.ssr.domains]
+        images = source if mixed is None else torch.cat([source, mixed.image])
+        target = self.encoder(images[keep])  # [B, hs, ws, D]
+        if isinstance(self.regulariser, CosineAlignment):
+            loss = self.regulariser(output, keep, target)
+        else:
+            loss = self._injected(batch, mixed, output, keep, target, adapting)
+        return {f"loss/{self.ssr.regulariser}": self.ssr.weight * loss}
+
+    def _injected(
+        self, batch: Batch, mixed: Mixed | None, output: SegmentorOutput, keep: slice, target: Tensor, adapting: bool
+    ) -> Tensor:
+        """Cross-entropy of the second decoding, on the same labels and weights as the first."""
+        features = self.regulariser([feature[keep] for feature in output.features], target)
+        both = mixed is not None and self.ssr.domains == "both"
+        _, logits = self.student.decode(features, domains=2 if both else 1)
+        if mixed is None or self.ssr.domains == "source":
+            return self.cross_entropy(logits, batch.source_label)
+        mixed_label, mixed_weight = mixed.label, mixed.weight
+        if self.ssr.domains == "mixed":
+            return self.cross_entropy(logits, mixed_label, mixed_weight)
+        parts = logits.chunk(2)
+        loss = self.cross_entropy(parts[0], batch.source_label)
+        return loss + self.cross_entropy(parts[1], mixed_label, mixed_weight) if adapting else loss

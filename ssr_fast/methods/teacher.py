@@ -1,0 +1,44 @@
+"""The teacher: an exponential moving average of the student's parameters."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ssr_fast.models.noise import ChannelDropout, DropPath
+from ssr_fast.models.segmentor import Segmentor
+
+
+class Teacher(nn.Module):
+    """EMA copy of a student. Its BatchNorm normalises by the batch's own statistics and keeps its own buffers,
+    its dropout and drop path are off, and nothing in it is differentiated (DAFormer's teacher).
+
+    Args:
+        student: the network to follow; the teacher starts as its copy.
+        momentum: the EMA's final rate.
+    """
+
+    def __init__(self, student: Segmentor, momentum: float) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(student).requires_grad_(False)
+        self.momentum = momentum
+        for module in self.net.modules():
+            if isinstance(module, DropPath | ChannelDropout):
+                module.p = 0.0
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """The teacher is always in train mode: batch statistics are what it normalises by."""
+        return super().train(True)
+
+    @torch.no_grad()
+    def follow(self, student: Segmentor, step: int) -> None:
+        """teacher = alpha teacher + (1 - alpha) student, alpha = min(1 - 1 / (step + 1), momentum); parameters only."""
+        alpha = min(1.0 - 1.0 / (step + 1), self.momentum)
+        mine, theirs = list(self.net.parameters()), list(student.parameters())
+        torch._foreach_lerp_(mine, theirs, 1.0 - alpha)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> stride-4 logits [B, K, h, w]."""
+        logits: Tensor = self.net(images).logits
+        return logits

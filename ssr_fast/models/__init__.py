@@ -1,0 +1,1 @@
+"""Networks: MiT, heads, the segmentor, the SAM encoder, weights of every format."""

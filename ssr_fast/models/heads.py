@@ -1,0 +1,180 @@
+"""The two decode heads: DAFormer's (arXiv 2111.14887) and SegFormer's (arXiv 2105.15203).
+
+State-dict names are those of the checkpoints that exist (DAFormer/MIC/SSR; NVIDIA's SegFormer).
+B batch, C channels, E embedding channels, K classes, h w feature pixels at stride 4.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssr_fast.models.noise import ChannelDropout, Noise
+from ssr_kernels.dwconv import dwconv_dilated
+
+DILATIONS = (6, 12, 18)
+DROPOUT_STREAM = 1 << 16  # far above the drop-path streams, of which a backbone has two a block
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d that treats a batch of several domains as that many passes.
+
+    In training the batch is split into `splits` equal parts; each is normalised with its own statistics and moves the
+    running ones, in order. One pass over [source; mixed] with splits = 2 equals a pass over each. In evaluation it is
+    BatchNorm2d.
+    """
+
+    splits: int = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [B, C, h, w] -> [B, C, h, w].
+
+        Raises:
+            ValueError: B is not a multiple of splits.
+        """
+        if self.splits == 1 or not self.training:
+            return super().forward(input)
+        if input.shape[0] % self.splits:
+            raise ValueError(f"a batch of {input.shape[0]} images cannot be split into {self.splits} equal domains")
+        forward = super().forward
+        return torch.cat([forward(part) for part in input.chunk(self.splits)])
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, BatchNorm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, padding: int = 0, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, padding=padding, groups=groups, bias=False)
+        self.bn = SplitBatchNorm2d(out_channels)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def finish(self, x: Tensor) -> Tensor:
+        """BatchNorm and ReLU of a convolution's result: x [B, C, h, w] -> [B, C, h, w]."""
+        return F.relu(self.bn(x), inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, h, w] -> [B, C_out, h, w]."""
+        return self.finish(self.conv(x))
+
+
+class SeparableConv(nn.Module):
+    """A dilated depthwise 3x3 and a pointwise convolution, each a ConvNorm.
+
+    The depthwise convolution itself runs outside, together with those of its sister branches (one read of the input).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.depthwise_conv = ConvNorm(in_channels, in_channels, 3, groups=in_channels)
+        self.pointwise_conv = ConvNorm(in_channels, out_channels, 1)
+
+    def forward(self, depthwise: Tensor) -> Tensor:
+        """depthwise [B, C_in, h, w], the depthwise convolution's result -> [B, C_out, h, w]."""
+        out: Tensor = self.pointwise_conv(self.depthwise_conv.finish(depthwise))
+        return out
+
+
+class SeparableASPP(nn.Module):
+    """Atrous spatial pyramid without image pooling: a 1x1 branch, three dilated separable ones, a 3x3 bottleneck."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        branches: list[nn.Module] = [ConvNorm(in_channels, channels, 1)]
+        branches += [SeparableConv(in_channels, channels) for _ in DILATIONS]
+        self.aspp_modules = nn.ModuleList(branches)
+        self.bottleneck = ConvNorm(len(branches) * channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, h, w] -> [B, C, h, w]."""
+        separable = [branch for branch in self.aspp_modules if isinstance(branch, SeparableConv)]
+        weights = [branch.depthwise_conv.conv.weight for branch in separable]
+        maps = dwconv_dilated(x.permute(0, 2, 3, 1), weights, DILATIONS)  # three [B, h, w, C_in]
+        outs = [self.aspp_modules[0](x)]
+        outs += [branch(rows.permute(0, 3, 1, 2)) for branch, rows in zip(separable, maps, strict=True)]
+        out: Tensor = self.bottleneck(torch.cat(outs, dim=1))  # [B, 4C, h, w] -> [B, C, h, w]
+        return out
+
+
+class Projection(nn.Module):
+    """Linear embedding of one stage, under the name that the checkpoints have: `proj`."""
+
+    def __init__(self, dim: int, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, channels)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """feature [B, C, h, w] -> [B, E, h, w], channels-last memory."""
+        out: Tensor = self.proj(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return out
+
+
+def _embed(features: Sequence[Tensor], projections: Iterable[nn.Module]) -> list[Tensor]:
+    """Embed each stage and bring it to the first stage's size: four [B, C, h, w] -> four [B, E, h1, w1]."""
+    size = features[0].shape[2:]
+    embedded = []
+    for feature, projection in zip(features, projections, strict=True):
+        x = projection(feature)
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        embedded.append(x)
+    return embedded
+
+
+class DAFormerHead(nn.Module):
+    """Embeds the four stages, fuses them with the separable pyramid, classifies.
+
+    Args:
+        dims: channels of the four stages.
+        class_count: K.
+        channels: E, the width of every layer.
+        dropout: probability of dropping a channel in front of the classifier, in [0, 1).
+        noise: the network's noise.
+    """
+
+    def __init__(
+        self, dims: Sequence[int], class_count: int, channels: int = 256, dropout: float = 0.1, *, noise: Noise
+    ) -> None:
+        super().__init__()
+        self.embed_layers = nn.ModuleList(Projection(dim, channels) for dim in dims)
+        self.fuse_layer = SeparableASPP(len(dims) * channels, channels)
+        self.dropout = ChannelDropout(dropout, noise, DROPOUT_STREAM)
+        self.conv_seg = nn.Conv2d(channels, class_count, 1)
+        _initialise_classifier(self.conv_seg)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """features: four [B, C, h, w] -> (fused [B, E, h1, w1] as before dropout, logits [B, K, h1, w1])."""
+        fused = self.fuse_layer(torch.cat(_embed(features, self.embed_layers), dim=1))
+        return fused, self.conv_seg(self.dropout(fused))
+
+
+class SegFormerHead(nn.Module):
+    """SegFormer's all-MLP head. Arguments and results as DAFormerHead's."""
+
+    def __init__(
+        self, dims: Sequence[int], class_count: int, channels: int = 256, dropout: float = 0.1, *, noise: Noise
+    ) -> None:
+        super().__init__()
+        for stage, dim in enumerate(dims, start=1):
+            self.add_module(f"linear_c{stage}", Projection(dim, channels))
+        self.linear_fuse = ConvNorm(len(dims) * channels, channels, 1)
+        self.dropout = ChannelDropout(dropout, noise, DROPOUT_STREAM)
+        self.linear_pred = nn.Conv2d(channels, class_count, 1)
+        _initialise_classifier(self.linear_pred)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """features: four [B, C, h, w] -> (fused [B, E, h1, w1] as before dropout, logits [B, K, h1, w1])."""
+        projections = [getattr(self, f"linear_c{stage}") for stage in range(1, len(features) + 1)]
+        embedded = _embed(features, projections)
+        fused = self.linear_fuse(torch.cat(embedded[::-1], dim=1))  # the weights expect the deepest stage first
+        return fused, self.linear_pred(self.dropout(fused))
+
+
+HEADS: dict[str, type[DAFormerHead] | type[SegFormerHead]] = {"daformer": DAFormerHead, "segformer": SegFormerHead}
+
+
+def _initialise_classifier(conv: nn.Conv2d) -> None:
+    nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)

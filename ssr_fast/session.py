@@ -1,0 +1,267 @@
+"""A run from its configuration to its report: data, stages, evaluation, pictures, the shipped model."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+from torch import nn
+
+from ssr_fast.config import TrainConfig
+from ssr_fast.data.index import Index, Sample, build_index, total_counts
+from ssr_fast.data.layouts import read_image
+from ssr_fast.data.plan import Plan
+from ssr_fast.data.scenes import write_scenes
+from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
+from ssr_fast.engine.checkpoint import CheckpointStore
+from ssr_fast.engine.environment import environment
+from ssr_fast.engine.guard import StopSignal
+from ssr_fast.engine.metrics import MetricLog
+from ssr_fast.engine.trainer import Trainer, pick_device
+from ssr_fast.errors import UserError
+from ssr_fast.eval.protocols import Scores, score
+from ssr_fast.eval.run import evaluate_samples
+from ssr_fast.methods.build import build_method
+from ssr_fast.models.weights import save_model
+from ssr_fast.presets import ABOUT
+from ssr_fast.report.page import write_report
+from ssr_fast.report.pictures import comparison
+
+STAGE_NAMES = {"supervised": "source_only", "self_training": "self_training", "ssr": "ssr"}
+
+
+class Session:
+    """One run directory at work.
+
+    Args:
+        config: legal (config.problems is empty), with run.dir set.
+        preset: name of the preset that it started from.
+        resume: continue what the directory holds.
+        command: how the run was started, for the report.
+    """
+
+    def __init__(self, config: TrainConfig, preset: str, resume: bool, command: list[str]) -> None:
+        self.config, self.preset, self.resume = config, preset, resume
+        self.folder = Path(config.run.dir)
+        self.device = pick_device(config.run.device)
+        self.resolved = plain(dataclasses.asdict(config))
+        self._write_head(command)
+        self.source, self.target, self.evaluation = self._indices()
+        step = max(1, len(self.evaluation.samples) // max(1, config.run.samples))
+        self.shown: list[Sample] = list(self.evaluation.samples[::step][: config.run.samples])
+        self.protocol = _protocol(self.evaluation, preset)
+        self.summary = self._read_summary()
+
+    def train(self) -> dict[str, Any]:
+        """Train every stage that is not finished, then write pictures, the model and the report; the summary.
+
+        Raises:
+            Stopped: a signal asked for it and the state was saved.
+            UserError: data, weights or options that do not fit.
+        """
+        stages = self.config.stages()
+        with StopSignal() as stop:
+            for name in stages:
+                if STAGE_NAMES[name] not in [row["name"] for row in self.summary["stages"]]:
+                    self._train_stage(name, len(stages) > 1, stop)
+        self._write_samples()
+        write_report(self.folder)
+        return self.summary
+
+    def _train_stage(self, name: str, several: bool, stop: StopSignal) -> None:
+        stage = STAGE_NAMES[name]
+        config = self.config
+        method = build_method(
+            name,
+            method=config.method,
+            model=config.model,
+            self_training=config.self_training,
+            ssr=config.ssr,
+            sam=config.sam,
+            classes=self.source.classes,
+            counts=[int(count) for count in total_counts(self.source.samples)],
+            seed=config.run.seed,
+            device=self.device,
+        )
+        checkpoints = self.folder / "checkpoints"
+        log = MetricLog(self.folder, stage, config.run.log_every)
+        trainer = Trainer(
+            method,
+            self._load,
+            self._evaluate,
+            run=config.run,
+            optim=config.optim,
+            store=CheckpointStore(checkpoints / stage if several else checkpoints, config.run.keep),
+            log=log,
+            stop=stop,
+            config=self.resolved,
+            device=self.device,
+        )
+        with contextlib.closing(log):
+            if not (self.resume and trainer.resume()):
+                log.truncate(0)
+            scores = trainer.fit()
+        self._predict_samples(method.student, stage)
+        meta = self._meta()
+        save_model(self.folder, method.student, meta)
+        if several:
+            save_model(self.folder / "models" / stage, method.student, meta)
+        row = {
+            "name": stage,
+            "target_miou": scores.miou,
+            "per_class": scores.per_class,
+            "seconds": trainer.seconds,
+            "steps": config.run.steps,
+            "seed": config.run.seed,
+            "skipped_steps": int(trainer.guard.skipped),
+        }
+        self.summary["stages"].append(row)
+        write_text(self.folder / "summary.json", json.dumps(plain(self.summary), indent=1))
+        print(f"{stage}: target mIoU {scores.miou:.1f} after {config.run.steps} steps in {trainer.seconds:.0f} s")
+
+    def _load(self, first: int, last: int) -> Iterator[Batch]:
+        data = self.config.data
+        plan = Plan(
+            self.config.run.seed,
+            self.source,
+            self.target,
+            data.source.resize,
+            data.target.resize,
+            data.crop,
+            data.batch_size,
+            data.sampling,
+        )
+        dataset = StepDataset(plan, self.source, self.target, cache=data.cache)
+        return load_steps(dataset, first, last, data.workers, self.device.type == "cuda")
+
+    def _evaluate(self, student: nn.Module) -> Scores:
+        matrix = evaluate_samples(
+            student,
+            self.evaluation.samples,
+            self.evaluation.layout.read_label,
+            self.config.inference,
+            self.config.data.evaluation.resize,
+            self.device,
+            self.evaluation.classes.count,
+        )
+        return score(matrix.counts, self.evaluation.classes.names, self.protocol)
+
+    def _predict_samples(self, student: nn.Module, stage: str) -> None:
+        """Predictions of the shown samples as train-id PNGs, from which the pictures are put together."""
+        folder = self.folder / "samples" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        predictions: list[np.ndarray] = []
+        evaluate_samples(
+            student,
+            self.shown,
+            self.evaluation.layout.read_label,
+            self.config.inference,
+            self.config.data.evaluation.resize,
+            self.device,
+            self.evaluation.classes.count,
+            visit=lambda sample, prediction, label: predictions.append(prediction),
+        )
+        for number, prediction in enumerate(predictions):
+            Image.fromarray(prediction).save(folder / f"{number:02d}.png")
+
+    def _write_samples(self) -> None:
+        """samples/<nn>.png: image, truth and each stage's prediction side by side."""
+        stages = [row["name"] for row in self.summary["stages"]]
+        for number, sample in enumerate(self.shown):
+            assert sample.label is not None
+            predictions = []
+            for stage in stages:
+                with Image.open(self.folder / "samples" / stage / f"{number:02d}.png") as picture:
+                    predictions.append((stage.replace("_", " "), np.asarray(picture)))
+            truth = self.evaluation.layout.read_label(Path(sample.label))
+            picture = comparison(read_image(sample.image), truth, predictions, self.evaluation.classes)
+            Image.fromarray(picture).save(self.folder / "samples" / f"{number:02d}.png")
+
+    def _indices(self) -> tuple[Index, Index, Index]:
+        """Check the data sets, or draw the scenes and check them like any other."""
+        data = self.config.data
+        domains = {"source": data.source, "target": data.target, "evaluation": data.evaluation}
+        if data.scenes is not None:
+            write_scenes(self.folder / "scenes", data.scenes)
+            for name, domain in domains.items():
+                root = str(self.folder / "scenes" / name)
+                domains[name] = dataclasses.replace(domain, root=root, layout="folder", split="all")
+        source, target, evaluation = (
+            build_index(domain, name != "target", f"data.{name}", report=print) for name, domain in domains.items()
+        )
+        if source.classes.names != evaluation.classes.names:
+            raise UserError(
+                f"--data.source.root has the classes {', '.join(source.classes.names)} and --data.evaluation.root "
+                f"{', '.join(evaluation.classes.names)}: they must be the same"
+            )
+        return source, target, evaluation
+
+    def _meta(self) -> dict[str, Any]:
+        """What the shipped model's config.json says beside the network."""
+        classes = self.evaluation.classes
+        return {
+            "classes": {"names": list(classes.names), "colors": [list(color) for color in classes.colors]},
+            "inference": plain(dataclasses.asdict(self.config.inference)),
+            "resize": plain(self.config.data.evaluation.resize),
+        }
+
+    def _write_head(self, command: list[str]) -> None:
+        """config.yaml and environment.json, before anything long begins."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.yaml", yaml.safe_dump(self.resolved, sort_keys=False))
+            facts = {**environment(), "preset": self.preset, "command": shlex.join(command)}
+            write_text(self.folder / "environment.json", json.dumps(facts, indent=1))
+        except OSError as error:
+            raise UserError(
+                f"--run.dir {self.folder} cannot be written ({error.strerror}): give a folder that you may write to"
+            ) from error
+
+    def _read_summary(self) -> dict[str, Any]:
+        path = self.folder / "summary.json"
+        if self.resume and path.is_file():
+            summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return summary
+        classes = self.evaluation.classes
+        return {
+            "preset": self.preset,
+            "title": f"{self.preset}: {len(self.source.samples)} source, {len(self.target.samples)} target, "
+            f"{len(self.evaluation.samples)} evaluation images",
+            "about": ABOUT.get(self.preset, ""),
+            "protocol": self.protocol,
+            "classes": {"names": list(classes.names), "colors": [list(color) for color in classes.colors]},
+            "stages": [],
+        }
+
+
+def _protocol(evaluation: Index, preset: str) -> str:
+    """The published protocol of a benchmark preset, else all classes."""
+    if evaluation.classes.name != "cityscapes":
+        return "generic"
+    return "synthia16" if preset == "synthia-cityscapes" else "cityscapes19"
+
+
+def plain(value: Any) -> Any:
+    """Dataclass dictionaries as JSON and YAML know them: tuples become lists, NaN becomes None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once: a reader, or a run that was killed, never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+

@@ -1,0 +1,66 @@
+"""`python -m ssr_fast.info`: what it prints, for people and as JSON."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from ssr_fast import info
+from ssr_fast.commandline import run
+from ssr_kernels.library import LIBRARIES
+from ssr_kernels.registry import BACKENDS
+
+
+def test_json_is_one_object_with_every_entry():
+    done = subprocess.run([sys.executable, "-m", "ssr_fast.info", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert set(facts["missing"]) == {name for name, version in facts["versions"].items() if version is None}
+    assert set(facts["libraries"]) == set(LIBRARIES)
+    assert {"align", "dwconv_gelu", "dwconv_dilated", "segloss", "pseudo_label"} <= set(facts["ops"])
+    for reasons in facts["ops"].values():
+        assert set(reasons) == set(BACKENDS) and reasons["reference"] == []
+    assert len(facts["devices"]) == torch.cuda.device_count()
+
+
+def test_the_tables_show_every_reason():
+    facts = info.gather()
+    facts["versions"]["xformers"], facts["missing"]["xformers"] = None, "not there [for a reason]"
+    facts["libraries"]["ssr_cpu"] = "no compiler"
+    facts["ops"]["align"]["triton"] = ["no [GPU]", "no triton"]
+    facts["devices"] = [{"name": "H100", "capability": "9.0", "memory_gib": 79.1}]
+    screen = io.StringIO()
+    info.show(facts, Console(file=screen, width=300, markup=False, highlight=False))
+    for text in (
+        "not there [for a reason]",
+        "no compiler",
+        "no [GPU]; no triton",
+        "H100, compute 9.0, 79.1 GiB",
+        "runs",
+    ):
+        assert text in screen.getvalue()
+
+
+def test_main_returns_0_and_help_ends(capsys):
+    assert info.main(["--json"]) == 0
+    json.loads(capsys.readouterr().out)
+    assert info.main([]) == 0
+    assert "segment-anything" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        info.main(["--help"])
+    assert not stop.value.code
+
+
+def test_an_unknown_option_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["info", "--jsom"])
+    with pytest.raises(SystemExit) as stop:
+        run(info.main)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: unknown option --jsom") and printed.err.count("\n") == 1

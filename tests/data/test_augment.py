@@ -1,0 +1,91 @@
+"""Geometry is exact; strong augmentation equals its definition and is a pure function of its key."""
+
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as tv
+
+from ssr_fast.data import augment
+from tests.syncfree import NoHostSync
+
+
+def key(value=5):
+    return torch.tensor(value, dtype=torch.int64)
+
+
+def test_fitted_size_keeps_the_ratio_as_the_recipe_says():
+    assert augment.fitted_size(1914, 1052, (1280, 720)) == (1280, 704)
+    assert augment.fitted_size(1914, 1052, (2560, 1440)) == (2560, 1407)
+    assert augment.fitted_size(2048, 1024, (1024, 512)) == (1024, 512)
+    assert augment.fitted_size(1280, 760, (1280, 760)) == (1280, 760)
+    assert augment.fitted_size(31, 17, None) == (31, 17)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_crops_of_image_and_label_stay_aligned(flip):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 200, (40, 60), dtype=np.uint8)
+    image = np.repeat(label[..., None], 3, 2)
+    cut = augment.crop_label(label, (13, 7), (16, 24), flip)
+    np.testing.assert_array_equal(augment.crop_image(image, (13, 7), (16, 24), flip)[..., 1], cut)
+    expected = label[7:23, 13:37]
+    np.testing.assert_array_equal(cut, expected[:, ::-1] if flip else expected)
+
+
+def test_small_images_are_padded_with_mean_colour_and_ignore():
+    image, label = np.zeros((5, 9, 3), np.uint8), np.zeros((5, 9), np.uint8)
+    cut = augment.crop_label(label, (0, 0), (8, 12), False)
+    assert (cut[:5, :9] == 0).all() and (cut[5:] == 255).all() and (cut[:, 9:] == 255).all()
+    pixels = augment.normalise(augment.crop_image(image, (0, 0), (8, 12), False))
+    assert pixels[:, 5:].abs().max() < 0.01 and pixels[:, :5, :9].abs().min() > 1
+
+
+def test_normalise_matches_the_definition():
+    image = np.array([[[255, 0, 128]]], np.uint8)
+    expected = [(255 - 123.675) / 58.395, (0 - 116.28) / 57.12, (128 - 103.53) / 57.375]
+    torch.testing.assert_close(augment.normalise(image)[:, 0, 0], torch.tensor(expected))
+
+
+def test_hue_shift_matches_colorsys():
+    rgb = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rgb[0, :, 0, 0] = 0.5  # grey has no hue
+    one, shift = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.13, dtype=torch.float64)
+    out = augment.color_jitter(rgb, one, one, one, shift)
+    for y in range(4):
+        for x in range(5):
+            h, s, v = colorsys.rgb_to_hsv(*rgb[0, :, y, x].tolist())
+            expected = torch.tensor(colorsys.hsv_to_rgb((h + 0.13) % 1, s, v), dtype=torch.float64)
+            torch.testing.assert_close(out[0, :, y, x], expected, rtol=0, atol=1e-6)
+
+
+def test_brightness_contrast_and_saturation_match_torchvision():
+    rgb = torch.rand(2, 3, 8, 9, generator=torch.Generator().manual_seed(2))
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    for position, function in enumerate((tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)):
+        factors = [one, one, one]
+        factors[position] = torch.tensor(1.17)
+        torch.testing.assert_close(augment.color_jitter(rgb, *factors, zero), function(rgb, 1.17), rtol=0, atol=2e-4)
+
+
+def test_blur_matches_torchvision():
+    images = torch.rand(2, 3, 20, 21, generator=torch.Generator().manual_seed(3))
+    expected = tv.gaussian_blur(torch.nn.functional.pad(images, (6,) * 4, mode="replicate"), [13, 13], [0.9, 0.9])
+    torch.testing.assert_close(augment.gaussian_blur(images, torch.tensor(0.9)), expected[:, :, 6:-6, 6:-6])
+
+
+def test_strong_augment_is_a_function_of_its_key_and_keeps_its_probabilities():
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(4)).clamp(-1.5, 1.5)
+    same = augment.strong_augment(images, key(), 0.2, 0.8, 0.5)
+    assert torch.equal(same, augment.strong_augment(images, key(), 0.2, 0.8, 0.5))
+    assert not torch.equal(same, augment.strong_augment(images, key(6), 0.2, 0.8, 0.5))
+    untouched = augment.strong_augment(images, key(), 0.2, 0.0, 0.0)
+    torch.testing.assert_close(untouched, images, rtol=0, atol=2e-5)
+    changed = [not torch.allclose(augment.strong_augment(images, key(k), 0.2, 0.3, 0.0), images, atol=1e-3) for k in range(200)]
+    assert 0.2 < np.mean(changed) < 0.4
+
+
+def test_strong_augment_never_waits_for_the_device():
+    with NoHostSync():
+        augment.strong_augment(torch.zeros(1, 3, 8, 8), key(), 0.2, 0.8, 0.5)

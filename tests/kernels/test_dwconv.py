@@ -1,0 +1,133 @@
+"""Depthwise convolutions: against F.conv2d in float64, gradients, odd shapes, layouts, refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssr_kernels.dwconv import dwconv_dilated, dwconv_gelu
+from tests.syncfree import NoHostSync
+
+SHAPES = [(2, 5, 7, 3), (1, 1, 1, 4), (3, 1, 6, 1), (1, 4, 1, 2), (2, 8, 8, 320)]
+
+
+def make(shape, dtype=torch.float64, branches=1):
+    channels = shape[3]
+    weights = [torch.randn(channels, 1, 3, 3, dtype=dtype) for _ in range(branches)]
+    return torch.randn(shape, dtype=dtype), weights, torch.randn(channels, dtype=dtype)
+
+
+def by_hand(x, weight, dilation):
+    """Sum of nine shifted products, written without any convolution."""
+    b, height, width, _ = x.shape
+    padded = F.pad(x, (0, 0, dilation, dilation, dilation, dilation))
+    out = torch.zeros_like(x)
+    for i in range(3):
+        for j in range(3):
+            rows = slice(i * dilation, i * dilation + height)
+            columns = slice(j * dilation, j * dilation + width)
+            out = out + padded[:, rows, columns] * weight[:, 0, i, j]
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gelu_is_the_nine_products_and_the_erf_gelu(shape, seed):
+    x, (weight,), bias = make(shape)
+    z = by_hand(x, weight, 1) + bias
+    expected = z * 0.5 * (1 + torch.erf(z / 2**0.5))
+    torch.testing.assert_close(dwconv_gelu(x, weight, bias), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dilated_is_conv2d_also_where_the_dilation_exceeds_the_map(shape, seed):
+    x, weights, _ = make(shape, branches=4)
+    dilations = [1, 6, 12, 18]
+    for out, weight, dilation in zip(dwconv_dilated(x, weights, dilations), weights, dilations, strict=True):
+        nchw = x.permute(0, 3, 1, 2).contiguous()
+        conv = F.conv2d(nchw, weight, padding=dilation, dilation=dilation, groups=shape[3]).permute(0, 2, 3, 1)
+        torch.testing.assert_close(out, conv, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(out, by_hand(x, weight, dilation), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 2), (1, 1, 1, 3)])
+def test_gradients_of_first_and_second_order(shape, seed):
+    x, weights, bias = make(shape, branches=2)
+    leaves = [t.requires_grad_() for t in (x, *weights, bias)]
+    assert torch.autograd.gradcheck(lambda x, w, v, b: dwconv_gelu(x, w, b), leaves)
+    assert torch.autograd.gradgradcheck(lambda x, w, v, b: dwconv_gelu(x, w, b), leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, w, v, b: tuple(dwconv_dilated(x, [w, v], [1, 3])), leaves)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_only_the_gradients_that_are_wanted(wanted, seed):
+    x, (weight,), bias = make((1, 3, 3, 2))
+    leaves = [x, weight, bias]
+    leaves[wanted].requires_grad_()
+    dwconv_gelu(*leaves).sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == [index == wanted for index in range(3)]
+    with torch.no_grad():
+        assert not dwconv_gelu(*leaves).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_keeps_dtype_and_rows_and_aliases_nothing(dtype, seed):
+    x, (weight,), bias = make((2, 4, 5, 6), dtype)
+    for out in (dwconv_gelu(x, weight, bias), *dwconv_dilated(x, [weight], [2])):
+        assert out.dtype == dtype and out.shape == x.shape and out.is_contiguous()
+        assert out.data_ptr() != x.data_ptr()
+
+
+def test_non_contiguous_inputs(seed):
+    x, (weight,), bias = make((2, 6, 8, 4))
+    expected = dwconv_gelu(x[:, ::2, 1::3], weight.clone(), bias)
+    nchw = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    assert not nchw.is_contiguous()
+    torch.testing.assert_close(dwconv_gelu(nchw, weight, bias), dwconv_gelu(x, weight, bias), rtol=1e-12, atol=1e-12)
+    assert dwconv_gelu(nchw, weight, bias).is_contiguous()
+    spread = torch.zeros(4, 1, 3, 6, dtype=torch.float64)
+    spread[..., ::2] = weight
+    strided = dwconv_gelu(x[:, ::2, 1::3], spread[..., ::2], bias)
+    torch.testing.assert_close(strided, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_empty_batch(seed):
+    x, (weight,), bias = make((0, 4, 4, 3))
+    assert dwconv_gelu(x, weight, bias).shape == (0, 4, 4, 3)
+    assert dwconv_dilated(x, [weight], [6])[0].shape == (0, 4, 4, 3)
+
+
+def test_no_host_sync_forward_or_backward(seed):
+    x, weights, bias = make((2, 4, 4, 3), torch.float32, branches=2)
+    leaves = [t.requires_grad_() for t in (x, *weights, bias)]
+    with NoHostSync():
+        outs = [dwconv_gelu(x, weights[0], bias), *dwconv_dilated(x, weights, [1, 12])]
+        torch.autograd.grad(sum(out.sum() for out in outs), leaves)
+
+
+def test_compiles_in_one_graph(seed):
+    x, (weight,), bias = make((2, 4, 4, 3), torch.float32)
+    compiled = torch.compile(dwconv_gelu, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, weight, bias), dwconv_gelu(x, weight, bias))
+
+
+def test_refusals_name_the_argument(seed):
+    x, (weight,), bias = make((2, 4, 4, 3), torch.float32)
+    with pytest.raises(ValueError, match=r"x must have the shape \[B, H, W, C\]"):
+        dwconv_gelu(x[0], weight, bias)
+    with pytest.raises(TypeError, match="x must be floating point"):
+        dwconv_gelu(x.long(), weight, bias)
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        dwconv_gelu(x.numpy(), weight, bias)
+    with pytest.raises(ValueError, match=r"weight must have the shape .* = \[3, 1, 3, 3\] \(it has \[3, 1, 5, 5\]"):
+        dwconv_gelu(x, torch.randn(3, 1, 5, 5), bias)
+    with pytest.raises(TypeError, match="weight must have the dtype of x"):
+        dwconv_gelu(x, weight.double(), bias)
+    with pytest.raises(ValueError, match="weight must be on the device of x"):
+        dwconv_gelu(x, weight.to("meta"), bias)
+    with pytest.raises(ValueError, match="bias must have the shape"):
+        dwconv_gelu(x, weight, bias[:2])
+    with pytest.raises(ValueError, match=r"weights\[1\] must have the shape"):
+        dwconv_dilated(x, [weight, weight[:2]], [1, 2])
+    with pytest.raises(ValueError, match=r"dilations\[0\] must be >= 1"):
+        dwconv_dilated(x, [weight], [0])
+    with pytest.raises(ValueError, match="weights and dilations"):
+        dwconv_dilated(x, [weight], [1, 2])

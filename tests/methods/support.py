@@ -1,0 +1,58 @@
+"""A tiny network, batch and encoder for the tests of the methods."""
+
+import torch
+from torch import nn
+
+from ssr_fast.data.labels import ClassSet
+from ssr_fast.data.torch_loader import Batch
+from ssr_fast.methods.build import build_method
+from ssr_fast.methods.method import MethodConfig
+from ssr_fast.methods.self_training import SelfTrainingConfig
+from ssr_fast.methods.ssr import SsrConfig
+from ssr_fast.models.sam import SamConfig
+from ssr_fast.models.segmentor import ModelConfig
+
+K = 5
+CLASSES = ClassSet("five", tuple("abcde"), tuple((i, i, i) for i in range(K)), (3, 4))
+
+
+class TinyEncoder(nn.Module):
+    """[B, 3, H, W] -> [B, 6, H / 16, W / 16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 16, 16)
+
+    def forward(self, images):
+        return self.conv(images)
+
+
+def tiny_encoder():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return TinyEncoder()
+
+
+def make_batch(size=(64, 96), count=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (2, count, *size, 3), generator=generator, dtype=torch.uint8)
+    label = torch.randint(0, K, (count, size[0] // 16, size[1] // 16), generator=generator, dtype=torch.uint8)
+    label = label.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    label[:, :3] = 255
+    return Batch(image[0], label, image[1], torch.ones(count, *size, dtype=torch.bool))
+
+
+def make_method(name, seed=0, *, ssr=None, weights="none", model=None, **self_training):
+    values = {"feature_distance": 0.0, "threshold": 0.0, **self_training}
+    return build_method(
+        name,
+        method=MethodConfig(name=name, class_weight=weights),
+        model=model or ModelConfig(backbone="mit_tiny", channels=16, drop_path=0.2),
+        self_training=SelfTrainingConfig(**values),
+        ssr=ssr or SsrConfig(),
+        sam=SamConfig(encoder="tests.methods.support:tiny_encoder"),
+        classes=CLASSES,
+        counts=[100, 50, 25, 13, 12],
+        seed=seed,
+        device=torch.device("cpu"),
+    )
