@@ -17,7 +17,7 @@ from ssr_fast.eval.official import OfficialEvaluation
 from ssr_fast.eval.protocols import PROTOCOLS, fitting_protocols, protocol_classes, score
 from ssr_fast.eval.run import evaluate_samples
 from ssr_fast.eval.table import as_json, progress_bar, score_table
-from ssr_fast.shipped import ShippedModel, given, open_model
+from ssr_fast.shipped import ShippedModel, check_classes, given, open_model
 
 
 def build_parser() -> ArgumentParser:
@@ -61,8 +61,10 @@ def main(argv: list[str]) -> int:
         domain = dataclasses.replace(domain, resize=model.resize)
         tell(f"images are resized to fit {model.resize}, as the model saw them; --data.resize null keeps their size")
     index = build_index(domain, True, "data", report=tell)
-    _check_classes(model, index, options.official)
+    check_classes(model, index.classes, domain.root, tell)
     fitting = fitting_protocols(index.classes.names)
+    if options.official and fitting == ["generic"]:
+        raise UserError("--official needs labels of Cityscapes' 19 classes, and the data has others: leave it out")
     protocols = {"auto": fitting[:1], "all": fitting}.get(options.protocol, [options.protocol])
     for name in protocols:  # refused before the long part
         protocol_classes(name, index.classes.names)
@@ -70,24 +72,6 @@ def main(argv: list[str]) -> int:
     if report is not None:
         _write_json(report, {"model": options.model, "data": dataclasses.asdict(domain), **result})
     return DONE
-
-
-def _check_classes(model: ShippedModel, index: Index, official: bool) -> None:
-    """Raise UserError where model and data cannot be compared; say so where their names differ."""
-    ours, theirs = model.classes.names, index.classes.names
-    if len(ours) != len(theirs):
-        raise UserError(
-            f"the model tells {len(ours)} classes apart ({ours[0]}, {ours[1]}, ...) and the data at {index.layout.root} "
-            f"has {len(theirs)} ({theirs[0]}, {theirs[1]}, ...): give data with the model's classes"
-        )
-    if official and fitting_protocols(theirs) == ["generic"]:
-        raise UserError("--official needs labels of Cityscapes' 19 classes, and the data has others: leave it out")
-    differing = [(our, their) for our, their in zip(ours, theirs, strict=True) if our.lower() != their.lower()]
-    if differing:
-        our, their = differing[0]
-        tell(
-            f"{len(differing)} classes have other names in the data ({our!r} is {their!r}): they are matched by number"
-        )
 
 
 def _evaluate(

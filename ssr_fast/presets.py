@@ -24,23 +24,23 @@ COMPARE = ("supervised", "self_training", "ssr")
 def demo() -> TrainConfig:
     """Procedural scenes, three methods from the same start, minutes on a CPU: shows the mechanism at work."""
     return TrainConfig(
-        run=RunConfig(steps=300, stages=COMPARE, log_every=10, evaluate_every=100, save_every=150, samples=6),
+        run=RunConfig(steps=200, stages=COMPARE, log_every=10, evaluate_every=100, save_every=100, samples=6),
         data=DataConfig(
-            scenes=ScenesConfig(),
+            scenes=ScenesConfig(evaluation_count=64),
             crop=(96, 192),
             batch_size=4,
             workers=0,
             cache=True,
             sampling=SamplingConfig(rare_class=False, max_class_share=1.0),
         ),
-        model=ModelConfig(backbone="mit_tiny", head="daformer", channels=64, drop_path=0.0, dropout=0.1),
+        model=ModelConfig(backbone="mit_tiny", head="segformer", channels=64, drop_path=0.0, dropout=0.1),
         method=MethodConfig(name="ssr", class_weight="inverse_sqrt"),
         self_training=SelfTrainingConfig(
-            start_step=150, momentum=0.99, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
+            start_step=80, momentum=0.99, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
         ),
         ssr=SsrConfig(points=("fused",)),
         sam=SamConfig(encoder="small", standardise=True),
-        optim=OptimConfig(lr=2e-3, head_lr_factor=2.0, warmup_steps=30, clip_norm=1.0),
+        optim=OptimConfig(lr=2e-3, head_lr_factor=2.0, warmup_steps=20, clip_norm=1.0),
     )
 
 

@@ -23,6 +23,7 @@ from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
+from ssr_fast.engine.host_memory import keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.trainer import Trainer, pick_device
 from ssr_fast.errors import UserError
@@ -51,6 +52,8 @@ class Session:
         self.config, self.preset, self.resume = config, preset, resume
         self.folder = Path(config.run.dir)
         self.device = pick_device(config.run.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.resolved = plain(dataclasses.asdict(config))
         self._write_head(command)
         self.source, self.target, self.evaluation = self._indices()

@@ -1,10 +1,12 @@
 """A model from disk as evaluation and prediction use it: on its device, with classes and the settings it came with."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from argparse import ArgumentError
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 
 from ssr_fast.data.labels import CITYSCAPES, ClassSet, distinct_colors
 from ssr_fast.errors import UserError
@@ -13,6 +15,8 @@ from ssr_fast.models.segmentor import Segmentor
 from ssr_fast.models.weights import LoadedModel, load_model
 
 Tell = Callable[[str], None]
+
+_SETTINGS = ("inference", "resize")
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,28 @@ def open_model(path: str, device: str, tell: Tell) -> ShippedModel:
     """
     where = _device(device)
     loaded = load_model(path, report=tell)
-    return ShippedModel(
-        segmentor=loaded.segmentor.to(where),
-        device=where,
-        classes=_classes(loaded, tell),
-        inference=_inference(loaded.meta.get("inference")),
-        resize=_resize(loaded.meta.get("resize")),
-    )
+    inference, resize = _settings(loaded.meta)
+    return ShippedModel(loaded.segmentor.to(where), where, _classes(loaded, tell), inference, resize)
+
+
+def check_classes(model: ShippedModel, data: ClassSet, root: str, tell: Tell) -> None:
+    """See that a model and labelled data tell the same number of classes apart; name differences are told.
+
+    Raises:
+        UserError: the numbers differ.
+    """
+    ours, theirs = model.classes.names, data.names
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"the model tells {len(ours)} classes apart ({', '.join(ours[:2])}, ...) and the data at {root} has "
+            f"{len(theirs)} ({', '.join(theirs[:2])}, ...): give data with the model's classes"
+        )
+    differing = [(our, their) for our, their in zip(ours, theirs, strict=True) if our.lower() != their.lower()]
+    if differing:
+        our, their = differing[0]
+        tell(
+            f"{len(differing)} classes have other names in the data ({our!r} is {their!r}): they are matched by number"
+        )
 
 
 def given(argv: Sequence[str], option: str) -> bool:
@@ -89,19 +108,17 @@ def _classes(loaded: LoadedModel, tell: Tell) -> ClassSet:
     return ClassSet("the model's", tuple(f"class {index}" for index in range(count)), distinct_colors(count))
 
 
-def _inference(value: Any) -> InferenceConfig:
+def _settings(meta: Mapping[str, Any]) -> tuple[InferenceConfig, tuple[int, int] | None]:
     """The settings in the model's config.json; other programs' files have none."""
-    if not isinstance(value, dict):
-        return InferenceConfig()
-    known = {field.name for field in fields(InferenceConfig)}
-    pairs = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items() if name in known}
-    config = InferenceConfig(**pairs)
-    if problems := config.problems("inference"):
-        raise UserError(f"the model's config.json has an illegal inference section: {'; '.join(problems)}")
-    return config
-
-
-def _resize(value: Any) -> tuple[int, int] | None:
-    if isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value):
-        return value[0], value[1]
-    return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(InferenceConfig, "inference")
+    parser.add_argument("--resize", type=tuple[int, int] | None, default=None)
+    try:
+        options = parser.instantiate(parser.parse_object({key: meta[key] for key in _SETTINGS if key in meta}))
+    except ArgumentError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the model's config.json has settings that this version does not know ({reason})") from error
+    inference: InferenceConfig = options.inference
+    if problems := inference.problems("inference"):
+        raise UserError(f"the model's config.json has illegal settings: {'; '.join(problems)}")
+    return inference, options.resize

@@ -63,7 +63,7 @@ def plan_jobs(given: Path, out: Path) -> Jobs:
         other = first.setdefault(job.target, job.source)
         if other != job.source:
             raise UserError(
-                f"{other} and {job.source} would both be written to {job.target}_*: rename one of them, or predict them "
+                f"{other} and {job.source} would both be written to {job.target}_*: rename one, or put them "
                 "into different folders"
             )
     return Jobs(jobs, len(files) - len(jobs))

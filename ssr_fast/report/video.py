@@ -39,8 +39,8 @@ def overlay_video(source: Path, target: Path, predict: Predict, classes: ClassSe
     part = path.with_name(f".{path.name}.tmp.mp4")
     reader = cv2.VideoCapture(str(source))
     try:
-        good, frame = reader.read()
-        if not good:
+        frame = _next_frame(reader)
+        if frame is None:
             raise BadFile(
                 source, "cannot be read as a video", "convert it to mp4 with H.264, or give its frames as images"
             )
@@ -53,29 +53,34 @@ def overlay_video(source: Path, target: Path, predict: Predict, classes: ClassSe
     return path, frames
 
 
+def _next_frame(reader: cv2.VideoCapture) -> NDArray[np.uint8] | None:
+    """The next frame as RGB [H, W, 3], None at the end."""
+    good, frame = reader.read()
+    return np.ascontiguousarray(frame[:, :, ::-1]).astype(np.uint8, copy=False) if good else None
+
+
 def _write(
     path: Path,
     reader: cv2.VideoCapture,
-    frame: NDArray[np.uint8],
+    first: NDArray[np.uint8],
     rate: float,
     predict: Predict,
     classes: ClassSet,
 ) -> int:
-    """Write this frame [H, W, 3] BGR and all that follow; how many."""
-    size = (frame.shape[1], frame.shape[0])
+    """Write this frame [H, W, 3] RGB and all that follow; how many."""
+    size = (first.shape[1], first.shape[0])
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
     if not writer.isOpened():
         raise UserError(
             f"{path.parent} takes no video: this OpenCV cannot write mp4, give the frames as images instead"
         )
-    frames, good = 0, True
+    frames = 0
+    frame: NDArray[np.uint8] | None = first
     try:
-        while good:
-            rgb = np.ascontiguousarray(frame[:, :, ::-1])
-            mixed = overlay(rgb, predict(rgb), classes)
-            writer.write(np.ascontiguousarray(mixed[:, :, ::-1]))
+        while frame is not None:
+            writer.write(np.ascontiguousarray(overlay(frame, predict(frame), classes)[:, :, ::-1]))
             frames += 1
-            good, frame = reader.read()
+            frame = _next_frame(reader)
     finally:
         writer.release()
     return frames

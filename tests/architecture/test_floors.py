@@ -20,7 +20,7 @@ FLOORS = (
     ("engine",),
     ("config",),
     ("presets",),
-    ("session", "commandline"),
+    ("session", "shipped", "commandline"),
     ("train", "evaluate", "predict", "prepare", "export", "info"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

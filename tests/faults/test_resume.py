@@ -1,0 +1,84 @@
+"""A run that SIGTERM stops at a random step and that is resumed equals the run that never stopped, bit for bit."""
+
+import json
+import random
+import re
+import signal
+
+import torch
+from safetensors.torch import load_file
+
+from ssr_fast.engine.checkpoint import CheckpointStore
+from ssr_fast.train import main
+from tests.methods.run_support import TINY, start
+
+
+def rows(folder):
+    kept = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        kept.append({key: value for key, value in row.items() if key not in ("time", "images_per_second")})
+    return kept
+
+
+def tensors(folder):
+    """All tensors of the newest checkpoint: student, teacher, regulariser, optimiser, window."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    target = folder / "flat.pt"
+    dcp_to_torch_save(str(CheckpointStore(folder / "checkpoints").latest()), str(target))
+    flat = {}
+
+    def walk(prefix, value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}", inner)
+        elif isinstance(value, torch.Tensor):
+            flat[prefix] = value
+
+    walk("", torch.load(target, weights_only=False))
+    return flat
+
+
+def test_sigterm_at_a_random_step_then_resume_is_bit_exact(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*TINY, "--run.dir", str(whole)]) == 0
+
+    wait_for = random.Random().choice([2, 4, 6])
+    print("SIGTERM after the log line of step", wait_for)
+    process = start(*TINY, "--run.dir", str(parts), cwd=tmp_path)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.search(rf"\b{wait_for}/8\b", line):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3, err
+    assert "SIGTERM" in err and "--resume" in err and "Traceback" not in err
+    stopped = int(re.search(r"after step (\d+)", err).group(1))
+    assert wait_for <= stopped < 8
+    assert main(["--resume", str(parts)]) == 0
+
+    assert rows(parts) == rows(whole)
+    one, two = tensors(whole), tensors(parts)
+    assert one.keys() == two.keys() and any("teacher" in name for name in one)
+    different = [name for name in one if not torch.equal(one[name], two[name]) and "rng" not in name]
+    assert different == []
+    shipped, again = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
+    assert all(torch.equal(shipped[name], again[name]) for name in shipped)
+
+
+def test_kill_9_then_resume_is_bit_exact_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*TINY, "--run.dir", str(whole)]) == 0
+    process = start(*TINY, "--run.dir", str(parts), cwd=tmp_path)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.search(r"\b4/8\b", line):  # after the checkpoint of step 3 and a row beyond it
+            process.kill()
+            break
+    process.communicate(timeout=120)
+    assert main(["--resume", str(parts)]) == 0
+    assert rows(parts) == rows(whole)
