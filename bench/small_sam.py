@@ -47,7 +47,9 @@ class Heads(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.up = nn.Sequential(nn.ConvTranspose2d(channels, channels, 2, 2), nn.GELU(), nn.Conv2d(channels, channels, 1))
+        self.up = nn.Sequential(
+            nn.ConvTranspose2d(channels, channels, 2, 2), nn.GELU(), nn.Conv2d(channels, channels, 1)
+        )
         self.boundary = nn.Conv2d(channels, 1, 1)
         self.box = nn.Conv2d(channels, 4, 1)
         self.prompt = nn.Sequential(nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels))
@@ -124,7 +126,9 @@ def main() -> None:
     options = parser.parse_args()
     encoder = train(options.steps, options.batch)
     tensors = {key: value.to(torch.float16).contiguous() for key, value in encoder.state_dict().items()}
-    save_file(tensors, options.out, metadata={"steps": str(options.steps), "batch": str(options.batch), "seed": str(SEED)})
+    save_file(
+        tensors, options.out, metadata={"steps": str(options.steps), "batch": str(options.batch), "seed": str(SEED)}
+    )
     print(f"wrote {options.out} ({options.out.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -127,8 +127,8 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 }
 ABOUT = {
     "demo": "Procedural street scenes: a clean rendering with labels as the source, a camera-like target whose labels "
-    "only the evaluation sees. It shows the mechanism in a setting built for it: the small encoder was trained, without "
-    "classes, on scenes of the same layout generator. It is no evidence for GTA5 to Cityscapes.",
+    "only the evaluation sees. It shows the mechanism in a setting built for it: the small encoder was trained, "
+    "without classes, on scenes of the same layout generator. It is no evidence for GTA5 to Cityscapes.",
     "camvid-day-dusk": "CamVid's day sequences as the source and its dusk sequence as the target. Without pretrained "
     "weights and at a few hundred steps this shows that the pipeline works on real images, not what the methods reach.",
 }

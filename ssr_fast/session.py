@@ -181,8 +181,8 @@ class Session:
             assert sample.label is not None
             predictions = []
             for stage in stages:
-                with Image.open(self.folder / "samples" / stage / f"{number:02d}.png") as picture:
-                    predictions.append((stage.replace("_", " "), np.asarray(picture)))
+                with Image.open(self.folder / "samples" / stage / f"{number:02d}.png") as prediction:
+                    predictions.append((stage.replace("_", " "), np.asarray(prediction)))
             truth = self.evaluation.layout.read_label(Path(sample.label))
             picture = comparison(read_image(sample.image), truth, predictions, self.evaluation.classes)
             Image.fromarray(picture).save(self.folder / "samples" / f"{number:02d}.png")
@@ -267,4 +267,3 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-

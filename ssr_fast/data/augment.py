@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from ssr_kernels import counter
 from torch import Tensor
 
 from ssr_fast.data.labels import IGNORE
+from ssr_kernels import counter
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
@@ -55,7 +55,9 @@ def resize_label(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.
     return cv2.resize(label, size, interpolation=cv2.INTER_NEAREST).astype(np.uint8, copy=False)
 
 
-def crop_image(image: NDArray[np.uint8], corner: tuple[int, int], size: tuple[int, int], flip: bool) -> NDArray[np.uint8]:
+def crop_image(
+    image: NDArray[np.uint8], corner: tuple[int, int], size: tuple[int, int], flip: bool
+) -> NDArray[np.uint8]:
     """Cut a crop out of image [H, W, 3]; what lies outside is the mean colour (0 after normalisation).
 
     Args:
@@ -68,7 +70,9 @@ def crop_image(image: NDArray[np.uint8], corner: tuple[int, int], size: tuple[in
     return _paste(image, out, corner, flip)
 
 
-def crop_label(label: NDArray[np.uint8], corner: tuple[int, int], size: tuple[int, int], flip: bool) -> NDArray[np.uint8]:
+def crop_label(
+    label: NDArray[np.uint8], corner: tuple[int, int], size: tuple[int, int], flip: bool
+) -> NDArray[np.uint8]:
     """Cut a crop out of label [H, W], as `crop_image`; what lies outside is ignored (255)."""
     return _paste(label, np.full(size, IGNORE, np.uint8), corner, flip)
 

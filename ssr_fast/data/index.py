@@ -2,9 +2,8 @@
 
 What a file can be:
  good      it becomes a Sample;
- left out  it does no harm when missing: a label that is ignored everywhere, a label without an image, and in GTA5,
-           whose release has a few, a label of another size than its image. `diagnose` names it, training counts it
-           in one printed line;
+ left out  it does no harm when missing: a label without an image, and in GTA5, whose release has a few, a label of
+           another size than its image. `diagnose` names it, training counts it in one printed line;
  bad       everything else. Training does not start before it is repaired or removed.
 Legend: K classes.
 """
@@ -252,7 +251,8 @@ def _check(entry: Entry, layout: Layout, labelled: bool, stamp: index_cache.Stam
         raise kind(entry.label, size, "remove the pair or restore both files from their source")
     counts = np.bincount(label.ravel(), minlength=256)[: layout.classes.count]
     if not counts.any():
-        raise _LeftOut(entry.label, "is ignored everywhere", "check that it belongs to this data set")
+        advice = "remove the pair, or check that the label belongs to this data set"
+        raise BadFile(entry.label, "is ignored everywhere: no pixel of it has a class", advice)
     return Row(stamp, width, height, tuple(counts.tolist()), notes)
 
 

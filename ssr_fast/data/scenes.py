@@ -34,13 +34,31 @@ ROAD, SIDEWALK, BUILDING, VEGETATION, POLE, SKY, PERSON, CAR = range(8)
 ROLES = {"source": 1, "target": 2, "evaluation": 3}
 
 _SOURCE_PALETTE = np.array(
-    [[90, 88, 96], [188, 150, 158], [142, 104, 84], [58, 120, 52], [206, 200, 120], [120, 172, 232], [206, 62, 70], [44, 62, 168]],
+    [
+        [90, 88, 96],
+        [188, 150, 158],
+        [142, 104, 84],
+        [58, 120, 52],
+        [206, 200, 120],
+        [120, 172, 232],
+        [206, 62, 70],
+        [44, 62, 168],
+    ],
     np.float32,
-)  # fmt: skip
+)
 _OTHER_PALETTE = np.array(
-    [[122, 112, 96], [120, 122, 112], [150, 150, 158], [104, 100, 46], [84, 78, 74], [196, 188, 176], [70, 84, 112], [168, 56, 44]],
+    [
+        [122, 112, 96],
+        [120, 122, 112],
+        [150, 150, 158],
+        [104, 100, 46],
+        [84, 78, 74],
+        [196, 188, 176],
+        [70, 84, 112],
+        [168, 56, 44],
+    ],
     np.float32,
-)  # fmt: skip
+)
 
 
 @dataclass(kw_only=True)
@@ -192,7 +210,9 @@ def _draw_ground(canvas: _Canvas, rng: np.random.Generator, horizon: int) -> Non
         side = rng.choice([-1, 1])
         mask = canvas.blank()
         x = int(middle + side * width * rng.uniform(0.35, 0.5))
-        cv2.ellipse(mask, (x, horizon + 4), (int(width * rng.uniform(0.05, 0.14)), int(rng.integers(4, 9))), 0, 0, 360, 1, -1)
+        cv2.ellipse(
+            mask, (x, horizon + 4), (int(width * rng.uniform(0.05, 0.14)), int(rng.integers(4, 9))), 0, 0, 360, 1, -1
+        )
         canvas.paint(mask, VEGETATION, 0.45)
 
 
@@ -210,7 +230,12 @@ def _draw_objects(canvas: _Canvas, rng: np.random.Generator, horizon: int) -> No
 def _car(mask: NDArray[np.uint8], rng: np.random.Generator, base: int, scale: float) -> NDArray[np.uint8]:
     x, w, h = int(rng.integers(0, mask.shape[1])), int(26 * scale * rng.uniform(0.8, 1.2)), int(9 * scale)
     cv2.rectangle(mask, (x - w // 2, base - h), (x + w // 2, base), 1, -1)
-    roof = [(x - w // 3, base - h), (x + w // 3, base - h), (x + w // 5, base - int(1.8 * h)), (x - w // 5, base - int(1.8 * h))]
+    roof = [
+        (x - w // 3, base - h),
+        (x + w // 3, base - h),
+        (x + w // 5, base - int(1.8 * h)),
+        (x - w // 5, base - int(1.8 * h)),
+    ]
     cv2.fillPoly(mask, [np.array(roof, np.int32)], 1)
     for wheel in (x - w // 3, x + w // 3):
         cv2.circle(mask, (wheel, base), max(2, int(3 * scale)), 1, -1)
@@ -240,7 +265,16 @@ def target_style(gap: float) -> Style:
     palette = (1.0 - gap) * _SOURCE_PALETTE + gap * _OTHER_PALETTE
     cast = (1.0 + 0.10 * gap, 1.0, 1.0 - 0.14 * gap)
     return Style(
-        palette, 18.0, 0.15 - 0.40 * gap, 1.0, 0.45 * gap, (206.0, 200.0, 190.0), 0.6 * gap, 3.0 + 8.0 * gap, 0.35 * gap, cast
+        palette,
+        18.0,
+        0.15 - 0.40 * gap,
+        1.0,
+        0.45 * gap,
+        (206.0, 200.0, 190.0),
+        0.6 * gap,
+        3.0 + 8.0 * gap,
+        0.35 * gap,
+        cast,
     )
 
 
@@ -293,7 +327,7 @@ def render(
     image *= (1 - style.vignette * 0.5 * (columns**2 + rows**2))[..., None]
     image *= np.asarray(style.cast, np.float32)
     if style.blur > 0:
-        image = cv2.GaussianBlur(image, (5, 5), style.blur)
+        image = np.asarray(cv2.GaussianBlur(image, (5, 5), style.blur), np.float32)
     image += rng.standard_normal(image.shape, np.float32) * style.noise
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
@@ -307,7 +341,9 @@ def _texture(layout: SceneLayout, rng: np.random.Generator, amount: float) -> ND
     texture += 0.03 * amount * grain
     texture += np.where(layout.label == VEGETATION, 0.16 * amount * leaves, 0.0).astype(np.float32)
     period_x, period_y = int(rng.integers(6, 10)), int(rng.integers(7, 11))
-    window = ((np.arange(width) % period_x) < period_x // 2)[None] & ((np.arange(height) % period_y) < period_y // 2)[:, None]
+    window = ((np.arange(width) % period_x) < period_x // 2)[None] & ((np.arange(height) % period_y) < period_y // 2)[
+        :, None
+    ]
     texture -= np.where((layout.label == BUILDING) & window, 0.16 * amount, 0.0).astype(np.float32)
     return texture
 

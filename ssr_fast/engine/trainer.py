@@ -169,7 +169,7 @@ class Trainer:
         set_learning_rate(self.optimizer, self.rate)
         self.guard.before_forward()
         terms = self.method.losses(batch, step)
-        terms["loss"].backward()  # type: ignore[no-untyped-call]
+        terms["loss"].backward()
         self.guard.step()
         self.optimizer.zero_grad(set_to_none=True)
         terms["loss"] = terms["loss"].detach()

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from ssr_kernels import counter
-from ssr_kernels.segloss import segloss
 from torch import Tensor, nn
 
 from ssr_fast.data.augment import normalise_batch
 from ssr_fast.data.torch_loader import Batch
 from ssr_fast.models.segmentor import Segmentor
+from ssr_kernels import counter
+from ssr_kernels.segloss import segloss
 
 METHODS = ("supervised", "self_training", "ssr")
 

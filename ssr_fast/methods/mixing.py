@@ -4,8 +4,9 @@ B batch, H W pixels, K classes.
 """
 
 import torch
-from ssr_kernels import counter
 from torch import Tensor
+
+from ssr_kernels import counter
 
 
 def class_masks(labels: Tensor, class_count: int, key: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from ssr_kernels.align import align_stages
 from torch import Tensor, nn
 
 from ssr_fast.methods.method import rows
 from ssr_fast.models.segmentor import SegmentorOutput
+from ssr_kernels.align import align_stages
 
 POINTS = ("stage1", "stage2", "stage3", "stage4", "fused")
 
@@ -30,6 +30,9 @@ class CosineAlignment(nn.Module):
         self.points = tuple(points)
         self.projections = nn.ModuleList(nn.Linear(c, target_channels) for c in channels)
 
+    def _linears(self) -> list[nn.Linear]:
+        return [layer for layer in self.projections if isinstance(layer, nn.Linear)]
+
     def forward(self, output: SegmentorOutput, keep: slice, target: Tensor) -> Tensor:
         """Scalar loss.
 
@@ -39,8 +42,8 @@ class CosineAlignment(nn.Module):
             target: encoder features of those samples, [B, hs, ws, D].
         """
         features = [rows(point_feature(output, point)[keep]) for point in self.points]
-        weights = [projection.weight for projection in self.projections]
-        biases = [projection.bias for projection in self.projections]
+        weights = [linear.weight for linear in self._linears()]
+        biases: list[Tensor | None] = [linear.bias for linear in self._linears()]
         return align_stages(features, weights, biases, target, None, [1.0] * len(features))
 
 

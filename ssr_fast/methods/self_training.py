@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from ssr_kernels import counter
-from ssr_kernels.segloss import pseudo_label
 from torch import Tensor, nn
 
 from ssr_fast.data.augment import normalise_batch, strong_augment
@@ -18,6 +16,8 @@ from ssr_fast.methods.method import Method, rows
 from ssr_fast.methods.mixing import class_masks, paste
 from ssr_fast.methods.teacher import Teacher
 from ssr_fast.models.segmentor import Segmentor, SegmentorOutput
+from ssr_kernels import counter
+from ssr_kernels.segloss import pseudo_label
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,8 @@ class SelfTraining(Method):
         rank: int = 0,
     ) -> None:
         super().__init__(student, weights, seed, rank)
-        self.config, self.class_count, self.things = config, class_count, things
+        self.config, self.class_count = config, class_count
+        self.register_buffer("things", torch.tensor(things, dtype=torch.uint8).view(1, -1, 1, 1), persistent=False)
         self.teacher = Teacher(student, config.momentum)
         self.reference = reference.eval().requires_grad_(False) if reference is not None else None
 
@@ -193,8 +194,7 @@ class SelfTraining(Method):
         with torch.no_grad():
             anchor = self.reference(source)[-1]  # [B, C, h, w]
         feature = output.features[-1][: source.shape[0]]
-        things = torch.tensor(self.things, device=label.device).view(1, -1, 1, 1)
-        share = F.adaptive_avg_pool2d((label[:, None] == things).to(torch.float32), feature.shape[-2:])
+        share = F.adaptive_avg_pool2d((label[:, None] == self.things).to(torch.float32), (feature.shape[2], feature.shape[3]))
         mask = (share.amax(1) >= 0.75).to(torch.float32)  # [B, h, w]
         distance = torch.linalg.vector_norm(feature - anchor, dim=1)
         return self.config.feature_distance * (distance * mask).sum() / mask.sum().clamp(min=1.0)

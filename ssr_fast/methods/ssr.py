@@ -39,12 +39,15 @@ class SsrConfig:
         for point in points:
             if point not in allowed:
                 found.append(
-                    f"--{where}.points holds {point}: --{where}.regulariser {self.regulariser} knows {', '.join(allowed)}"
+                    f"--{where}.points holds {point}: --{where}.regulariser {self.regulariser} knows "
+                    f"{', '.join(allowed)}"
                 )
         if not points or len(set(points)) != len(points):
             found.append(f"--{where}.points must name each point once, at least one (it is {list(points)})")
         if self.weight <= 0:
-            found.append(f"--{where}.weight must be > 0 (it is {self.weight}); for none choose --method.name self_training")
+            found.append(
+                f"--{where}.weight must be > 0 (it is {self.weight}); for none choose --method.name self_training"
+            )
         if self.domains not in ("source", "mixed", "both"):
             found.append(f"--{where}.domains must be source, mixed or both (it is {self.domains})")
         return found

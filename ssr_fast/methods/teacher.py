@@ -34,7 +34,8 @@ class Teacher(nn.Module):
     def follow(self, student: Segmentor, step: int) -> None:
         """teacher = alpha teacher + (1 - alpha) student, alpha = min(1 - 1 / (step + 1), momentum); parameters only."""
         alpha = min(1.0 - 1.0 / (step + 1), self.momentum)
-        mine, theirs = list(self.net.parameters()), list(student.parameters())
+        mine: list[Tensor] = list(self.net.parameters())
+        theirs: list[Tensor] = list(student.parameters())
         torch._foreach_lerp_(mine, theirs, 1.0 - alpha)
 
     @torch.no_grad()

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from ssr_kernels import counter
 from torch import Tensor, nn
+
+from ssr_kernels import counter
 
 
 class Noise(nn.Module):

@@ -78,7 +78,9 @@ class SamConfig:
                 f"--{where}.encoder must be one of {', '.join(known)} or package.module:function (it is {self.encoder})"
             )
         if self.encoder.startswith("vit_") and not self.checkpoint:
-            found.append(f"--{where}.checkpoint is missing: --{where}.encoder {self.encoder} needs segment-anything's file")
+            found.append(
+                f"--{where}.checkpoint is missing: --{where}.encoder {self.encoder} needs segment-anything's file"
+            )
         if self.checkpoint and not self.encoder.startswith("vit_"):
             found.append(f"--{where}.checkpoint has no effect with --{where}.encoder {self.encoder}: leave one out")
         if self.input_size is not None and self.input_size < 32:
@@ -202,7 +204,7 @@ def _load(encoder: ImageEncoderViT, path: Path, name: str) -> None:
         if found is None or found.shape != value.shape:
             shape = "absent" if found is None else str(tuple(found.shape))
             raise UserError(
-                f"--sam.checkpoint {path} is not a {name} encoder: {key} should be {tuple(value.shape)} and is {shape}; "
-                "choose --sam.encoder to match the file"
+                f"--sam.checkpoint {path} is not a {name} encoder: {key} should be {tuple(value.shape)} and is "
+                f"{shape}; choose --sam.encoder to match the file"
             )
     encoder.load_state_dict({key: tensors[key].to(torch.float32) for key in wanted})

@@ -28,8 +28,10 @@ def lines(argv):
 
 def walk(kind, prefix=""):
     for field in dataclasses.fields(kind):
-        hint = field.type if isinstance(field.type, type) else next(
-            (a for a in getattr(field.type, "__args__", ()) if dataclasses.is_dataclass(a)), None
+        hint = (
+            field.type
+            if isinstance(field.type, type)
+            else next((a for a in getattr(field.type, "__args__", ()) if dataclasses.is_dataclass(a)), None)
         )
         if hint is not None and dataclasses.is_dataclass(hint):
             yield from walk(hint, f"{prefix}{field.name}.")
@@ -157,7 +159,11 @@ BAD = {
     "unknown_value": (IMAGE, LABEL + 7, "7"),
     "colour_coded": (IMAGE, np.dstack([LABEL + 10, LABEL + 200, LABEL]), "colour"),
     "all_ignored": (IMAGE, LABEL + 255, "ignored"),
-    "truncated": (png(np.random.default_rng(1).integers(0, 255, (40, 64, 3), dtype=np.uint8))[:900], LABEL, "truncated"),
+    "truncated": (
+        png(np.random.default_rng(1).integers(0, 255, (40, 64, 3), dtype=np.uint8))[:900],
+        LABEL,
+        "truncated",
+    ),
     "text": (b"this is no picture, whatever its name says", LABEL, "case.png"),
 }
 

@@ -82,7 +82,9 @@ def test_strong_augment_is_a_function_of_its_key_and_keeps_its_probabilities():
     assert not torch.equal(same, augment.strong_augment(images, key(6), 0.2, 0.8, 0.5))
     untouched = augment.strong_augment(images, key(), 0.2, 0.0, 0.0)
     torch.testing.assert_close(untouched, images, rtol=0, atol=2e-5)
-    changed = [not torch.allclose(augment.strong_augment(images, key(k), 0.2, 0.3, 0.0), images, atol=1e-3) for k in range(200)]
+    changed = [
+        not torch.allclose(augment.strong_augment(images, key(k), 0.2, 0.3, 0.0), images, atol=1e-3) for k in range(200)
+    ]
     assert 0.2 < np.mean(changed) < 0.4
 
 

@@ -198,19 +198,19 @@ def test_a_colour_coded_label(root: Path) -> None:
     assert "colour-coded" in only_row(root).problem
 
 
-def test_a_label_that_is_ignored_everywhere_is_left_out(root: Path) -> None:
+def test_a_label_that_is_ignored_everywhere_stops_training(root: Path) -> None:
     builders.folder(root)
     save(root / "labels" / "b.png", ids(255))
     row = only_row(root)
-    assert row.path == root / "labels" / "b.png" and "ignored everywhere" in row.problem and not row.fatal
+    assert row.path == root / "labels" / "b.png" and "ignored everywhere" in row.problem and row.fatal
+    assert "b.png is ignored everywhere" in refused(root)
 
 
-def test_labels_that_are_all_ignored_everywhere_stop_training(root: Path) -> None:
-    builders.folder(root)
-    for stem in "ab":
-        save(root / "labels" / f"{stem}.png", ids(255))
+def test_nothing_usable_is_left(root: Path) -> None:
+    builders.gta5(root, 1)
+    save_palette(root / "labels" / "00001.png", ids(7, 8, width=15))
     rows = diagnose(config(root), True).rows
-    assert [row.fatal for row in rows] == [True, False, False] and rows[0].path == root
+    assert [row.fatal for row in rows] == [True, False] and rows[0].path == root
     assert "no usable image" in refused(root)
 
 

@@ -48,7 +48,9 @@ def test_the_union_over_ranks_does_not_depend_on_world():
 
 
 def test_crops_lie_inside_the_resized_image():
-    p = Plan(0, index(3, size=(1914, 1052)), index(3), (1280, 720), None, (512, 512), 4, SamplingConfig(rare_class=False))
+    p = Plan(
+        0, index(3, size=(1914, 1052)), index(3), (1280, 720), None, (512, 512), 4, SamplingConfig(rare_class=False)
+    )
     for step in range(20):
         for view in p(step).source:
             assert view.size == (1280, 704)

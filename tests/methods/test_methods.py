@@ -109,7 +109,12 @@ def test_teacher_normalises_by_batch_statistics_without_noise_even_in_eval():
 
 def test_mixed_image_label_and_weight_by_brute_force():
     method = make_method(
-        "self_training", threshold=0.21, ignore_top=0.125, ignore_bottom=0.25, jitter_probability=0.0, blur_probability=0.0
+        "self_training",
+        threshold=0.21,
+        ignore_top=0.125,
+        ignore_bottom=0.25,
+        jitter_probability=0.0,
+        blur_probability=0.0,
     )
     batch = make_batch()
     source, target = normalise_batch(batch.source_image), normalise_batch(batch.target_image)
@@ -123,7 +128,12 @@ def test_mixed_image_label_and_weight_by_brute_force():
     valid[:, 8:48] = True
     pasted = (mixed.image - source).abs().amax(1) < 1e-5
     assert 0.05 < pasted.float().mean() < 0.95
-    torch.testing.assert_close(mixed.image[~pasted.unsqueeze(1).expand_as(source)], target[~pasted.unsqueeze(1).expand_as(source)], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        mixed.image[~pasted.unsqueeze(1).expand_as(source)],
+        target[~pasted.unsqueeze(1).expand_as(source)],
+        rtol=0,
+        atol=1e-4,
+    )
     assert torch.equal(mixed.label[pasted], batch.source_label[pasted])
     assert (mixed.label[~pasted].long() == pseudo[~pasted]).float().mean() > 0.999
     expected = torch.where(pasted, 1.0, mixed.confident * valid)
