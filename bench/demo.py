@@ -18,6 +18,8 @@ import numpy as np
 
 from ssr_fast.config import TrainConfig, problems
 from ssr_fast.engine.environment import environment
+from ssr_fast.engine.guard import StopSignal
+from ssr_fast.engine.side_by_side import share, side_by_side
 from ssr_fast.presets import demo
 from ssr_fast.session import Session
 
@@ -76,7 +78,8 @@ def run_row(name: str, seed: int, folder: Path) -> dict[str, Any]:
     if found:
         raise ValueError("; ".join(found))
     started = time.perf_counter()
-    stage = Session(config, "demo", False, ["python", "-m", "bench.demo"]).train()["stages"][0]
+    command = ["python", "-m", "bench.demo"]
+    stage = Session(config, "demo", False, command, report=lambda line: None).train()["stages"][0]
     return {"row": name, "seed": seed, "miou": stage["target_miou"], "seconds": time.perf_counter() - started}
 
 
@@ -98,21 +101,24 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Command line: --seeds, --first-seed, --rows, --json."""
+    """Command line: --seeds, --first-seed, --rows, --json, --jobs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--jobs", type=int, default=0, help="runs at once; 0: one for each core")
     options = parser.parse_args()
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    at_once, threads = share(options.jobs or len(options.rows) * options.seeds)
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.first_seed, options.first_seed + options.seeds):
-            for name in options.rows:
-                results.append(run_row(name, seed, Path(folder)))
-                if options.json:
-                    options.json.parent.mkdir(parents=True, exist_ok=True)
-                    options.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
+    with tempfile.TemporaryDirectory() as folder, StopSignal() as stop:
+        jobs = [(f"{name}-{seed}", (name, seed, Path(folder))) for seed in seeds for name in options.rows]
+        for _, result in side_by_side(run_row, jobs, at_once, threads, stop):
+            results.append(result)
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
     print(table(results))
 
 

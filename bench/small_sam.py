@@ -75,6 +75,13 @@ def region_targets(regions: Tensor) -> tuple[Tensor, Tensor]:
     return edge.float(), torch.stack(sides, 1)
 
 
+def draw_points(regions: Tensor, generator: torch.Generator) -> Tensor:
+    """regions [B, h, w] -> flat pixel indices [B, POINTS], drawn by area ** -0.5: small regions count."""
+    flat = regions.flatten(1)
+    counts = torch.zeros(flat.shape[0], int(flat.max()) + 1).scatter_add_(1, flat, torch.ones(flat.shape))
+    return torch.multinomial(counts.gather(1, flat) ** -0.5, POINTS, generator=generator)
+
+
 def losses(heads: Heads, features: Tensor, regions: Tensor, generator: torch.Generator) -> Tensor:
     """Sum of the boundary, box and prompt losses of a batch."""
     b, h, w = regions.shape
@@ -82,7 +89,7 @@ def losses(heads: Heads, features: Tensor, regions: Tensor, generator: torch.Gen
     edge, sides = region_targets(regions)
     boundary = F.binary_cross_entropy_with_logits(heads.boundary(pixels)[:, 0], edge, pos_weight=torch.tensor(3.0))
     box = (heads.box(pixels).sigmoid() - sides.sqrt()).abs().mean()
-    points = torch.randint(0, h * w, (b, POINTS), generator=generator)
+    points = draw_points(regions, generator)
     coarse = F.interpolate(features, (h, w), mode="bilinear", align_corners=False).flatten(2)  # [B, D, h*w]
     picked = coarse.gather(2, points[:, None].expand(-1, features.shape[1], -1)).transpose(1, 2)  # [B, P, D]
     masks = torch.einsum("bpd,bdn->bpn", heads.prompt(picked), pixels.flatten(2)) / 8 + heads.bias

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 from ssr_fast.config import TrainConfig
 from ssr_fast.data.index import Index, Sample, build_index, total_counts
+from ssr_fast.data.index_cache import Report
 from ssr_fast.data.layouts import read_image
 from ssr_fast.data.plan import Plan
 from ssr_fast.data.scenes import write_scenes
@@ -25,6 +28,7 @@ from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.host_memory import keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
+from ssr_fast.engine.side_by_side import share, side_by_side
 from ssr_fast.engine.trainer import Trainer, pick_device
 from ssr_fast.errors import UserError
 from ssr_fast.eval.protocols import Scores, score
@@ -45,17 +49,22 @@ class Session:
         config: legal (config.problems is empty), with run.dir set.
         preset: name of the preset that it started from.
         resume: continue what the directory holds.
-        command: how the run was started, for the report.
+        command: how the run was started, for the report; empty for a process that trains one stage of a run.
+        report: takes one-line messages about the data.
     """
 
-    def __init__(self, config: TrainConfig, preset: str, resume: bool, command: list[str]) -> None:
-        self.config, self.preset, self.resume = config, preset, resume
+    def __init__(
+        self, config: TrainConfig, preset: str, resume: bool, command: list[str], report: Report = print
+    ) -> None:
+        self.config, self.preset, self.resume, self.report = config, preset, resume, report
+        self.console: Console | None = None
         self.folder = Path(config.run.dir)
         self.device = pick_device(config.run.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.resolved = plain(dataclasses.asdict(config))
-        self._write_head(command)
+        if command:
+            self._write_head(command)
         self.source, self.target, self.evaluation = self._indices()
         step = max(1, len(self.evaluation.samples) // max(1, config.run.samples))
         self.shown: list[Sample] = list(self.evaluation.samples[::step][: config.run.samples])
@@ -70,16 +79,48 @@ class Session:
             UserError: data, weights or options that do not fit.
         """
         stages = self.config.stages()
+        finished = [row["name"] for row in self.summary["stages"]]
+        pending = [name for name in stages if STAGE_NAMES[name] not in finished]
         with StopSignal() as stop:
-            for name in stages:
-                if STAGE_NAMES[name] not in [row["name"] for row in self.summary["stages"]]:
-                    self._train_stage(name, len(stages) > 1, stop)
+            if self.device.type == "cpu" and len(stages) > 1:
+                self._train_side_by_side(pending, len(stages), stop)
+            else:
+                for name in pending:
+                    self._finish_stage(self.train_stage(name, stop))
+        if len(stages) > 1:
+            for file in sorted((self.folder / "models" / STAGE_NAMES[stages[-1]]).iterdir()):
+                shutil.copyfile(file, self.folder / file.name)
         self._write_samples()
         write_report(self.folder)
         return self.summary
 
-    def _train_stage(self, name: str, several: bool, stop: StopSignal) -> None:
-        stage = STAGE_NAMES[name]
+    def _train_side_by_side(self, pending: list[str], count: int, stop: StopSignal) -> None:
+        """The stages in processes of their own, the last one, which takes longest, first.
+
+        The number of threads follows from all stages, so that a resumed run adds in the same order.
+        """
+        at_once, threads = share(count)
+        print(f"{count} stages, {at_once} at a time with {threads} thread(s) each")
+        jobs = [(STAGE_NAMES[name], (self.config, self.preset, self.resume, name)) for name in reversed(pending)]
+        for _, row in side_by_side(_stage_process, jobs, at_once, threads, stop):
+            self._finish_stage(row)
+
+    def _finish_stage(self, row: dict[str, Any]) -> None:
+        order = [STAGE_NAMES[name] for name in self.config.stages()]
+        rows = [*self.summary["stages"], row]
+        self.summary["stages"] = sorted(rows, key=lambda row: order.index(row["name"]))
+        write_text(self.folder / "summary.json", json.dumps(plain(self.summary), indent=1))
+        print(
+            f"{row['name']}: target mIoU {row['target_miou']:.1f} after {row['steps']} steps in {row['seconds']:.0f} s"
+        )
+
+    def train_stage(self, name: str, stop: StopSignal) -> dict[str, Any]:
+        """Train the stage of a method; its row of the summary.
+
+        Raises:
+            Stopped, UserError: see `train`.
+        """
+        stage, several = STAGE_NAMES[name], len(self.config.stages()) > 1
         config = self.config
         method = build_method(
             name,
@@ -94,7 +135,8 @@ class Session:
             device=self.device,
         )
         checkpoints = self.folder / "checkpoints"
-        log = MetricLog(self.folder, stage, config.run.log_every)
+        file = f"metrics-{stage}.jsonl" if several else "metrics.jsonl"
+        log = MetricLog(self.folder, stage, config.run.log_every, file=file)
         trainer = Trainer(
             method,
             self._load,
@@ -106,17 +148,15 @@ class Session:
             stop=stop,
             config=self.resolved,
             device=self.device,
+            console=self.console,
         )
         with contextlib.closing(log):
             if not (self.resume and trainer.resume()):
                 log.truncate(0)
             scores = trainer.fit()
         self._predict_samples(method.student, stage)
-        meta = self._meta()
-        save_model(self.folder, method.student, meta)
-        if several:
-            save_model(self.folder / "models" / stage, method.student, meta)
-        row = {
+        save_model(self.folder / "models" / stage if several else self.folder, method.student, self._meta())
+        return {
             "name": stage,
             "target_miou": scores.miou,
             "per_class": scores.per_class,
@@ -125,9 +165,6 @@ class Session:
             "seed": config.run.seed,
             "skipped_steps": int(trainer.guard.skipped),
         }
-        self.summary["stages"].append(row)
-        write_text(self.folder / "summary.json", json.dumps(plain(self.summary), indent=1))
-        print(f"{stage}: target mIoU {scores.miou:.1f} after {config.run.steps} steps in {trainer.seconds:.0f} s")
 
     def _load(self, first: int, last: int) -> Iterator[Batch]:
         data = self.config.data
@@ -197,7 +234,8 @@ class Session:
                 root = str(self.folder / "scenes" / name)
                 domains[name] = dataclasses.replace(domain, root=root, layout="folder", split="all")
         source, target, evaluation = (
-            build_index(domain, name != "target", f"data.{name}", report=print) for name, domain in domains.items()
+            build_index(domain, name != "target", f"data.{name}", report=self.report)
+            for name, domain in domains.items()
         )
         if source.classes.names != evaluation.classes.names:
             raise UserError(
@@ -242,6 +280,14 @@ class Session:
             "classes": {"names": list(classes.names), "colors": [list(color) for color in classes.colors]},
             "stages": [],
         }
+
+
+def _stage_process(config: TrainConfig, preset: str, resume: bool, name: str) -> dict[str, Any]:
+    """What a process of a side-by-side run does: one stage, with plain lines instead of a bar."""
+    with StopSignal() as stop:
+        session = Session(config, preset, resume, [], report=lambda line: None)
+        session.console = Console(force_terminal=False)
+        return session.train_stage(name, stop)
 
 
 def _protocol(evaluation: Index, preset: str) -> str:

@@ -30,12 +30,15 @@ class MetricLog:
         stage: name of the training stage, in every row.
         window: steps in one row.
         report: gets one line when rows had to be dropped.
+        file: name of the file; stages that are trained at the same time have one each.
     """
 
-    def __init__(self, run_dir: Path, stage: str, window: int, report: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, run_dir: Path, stage: str, window: int, report: Callable[[str], None] = print, file: str = FILE
+    ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
-        self._path = run_dir / FILE
+        self._path = run_dir / file
         self._board_folder = run_dir / "tensorboard" / stage
         self._stage, self._window, self._report = stage, window, report
         self._stream: Any = None
@@ -127,7 +130,7 @@ class MetricLog:
                 kept.append(line + b"\n")
         if damaged:
             self._report(f"{self._path}: dropped {damaged} unreadable line{'s' if damaged > 1 else ''}")
-        temporary = self._path.with_name(f".{FILE}.tmp")
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
         try:
             temporary.write_bytes(b"".join(kept))
             temporary.replace(self._path)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from ssr_fast.data.torch_loader import Batch
@@ -93,6 +94,7 @@ class Trainer:
         log: metrics of this stage.
         stop: the flag that a signal sets.
         config: the run's resolved configuration, for the checkpoints' manifests.
+        report, console: where one-line messages and the progress go.
     """
 
     def __init__(
@@ -109,10 +111,11 @@ class Trainer:
         config: dict[str, Any],
         device: torch.device,
         report: Callable[[str], None] = print,
+        console: Console | None = None,
     ) -> None:
         self.method, self.load, self.evaluate = method, load, evaluate
         self.run, self.optim, self.store, self.log, self.stop, self.config = run, optim, store, log, stop, config
-        self.device, self.report = device, report
+        self.device, self.report, self.console = device, report, console
         self.optimizer = build_optimizer(method.trainable(), optim)
         self.guard = StepGuard(self.optimizer, list(_statistics(method)), optim.clip_norm)
         self.done = 0
@@ -141,7 +144,7 @@ class Trainer:
             UserError: a sample cannot be read, or the loss was not finite in a whole window of steps.
         """
         started = time.perf_counter() - self.seconds
-        with Progress(self.run.steps, self.method.stage_name, self.done) as progress:
+        with Progress(self.run.steps, self.method.stage_name, self.done, self.console) as progress:
             for step, batch in enumerate(self.load(self.done, self.run.steps), self.done):
                 terms = self.train_step(batch.to(self.device), step)
                 self.done = step + 1

@@ -88,6 +88,7 @@ class SelfTraining(Method):
     """
 
     stage_name = "self_training"
+    things: Tensor
 
     def __init__(
         self,
@@ -194,7 +195,9 @@ class SelfTraining(Method):
         with torch.no_grad():
             anchor = self.reference(source)[-1]  # [B, C, h, w]
         feature = output.features[-1][: source.shape[0]]
-        share = F.adaptive_avg_pool2d((label[:, None] == self.things).to(torch.float32), (feature.shape[2], feature.shape[3]))
+        share = F.adaptive_avg_pool2d(
+            (label[:, None] == self.things).to(torch.float32), (feature.shape[2], feature.shape[3])
+        )
         mask = (share.amax(1) >= 0.75).to(torch.float32)  # [B, h, w]
         distance = torch.linalg.vector_norm(feature - anchor, dim=1)
         return self.config.feature_distance * (distance * mask).sum() / mask.sum().clamp(min=1.0)

@@ -44,7 +44,7 @@ SHAPES = {
     "vit_b": SamShape(1024, 16, 768, 12, 12, 4.0, 256, 14, (2, 5, 8, 11)),
     "vit_l": SamShape(1024, 16, 1024, 24, 16, 4.0, 256, 14, (5, 11, 17, 23)),
     "vit_h": SamShape(1024, 16, 1280, 32, 16, 4.0, 256, 14, (7, 15, 23, 31)),
-    "small": SamShape(192, 8, 64, 3, 2, 4.0, 64, 6, (2,), absolute_positions=False),
+    "small": SamShape(192, 8, 96, 3, 3, 4.0, 64, 6, (1, 2), absolute_positions=False),
 }
 KNOWN_FILES = {
     "sam_vit_b_01ec64.pth": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",

@@ -119,7 +119,11 @@ def read_run(folder: Path) -> RunData:
     if not folder.is_dir():
         raise UserError(f"{folder} is no run directory: give the folder that training wrote to")
     summary = _read_json(folder / "summary.json")
-    rows, damaged = _read_rows(folder / "metrics.jsonl")
+    rows: list[Mapping[str, Any]] = []
+    damaged = 0
+    for path in sorted(folder.glob("metrics*.jsonl")):  # one file, or one for each stage
+        more, more_damaged = _read_rows(path)
+        rows, damaged = rows + more, damaged + more_damaged
     config = folder / "config.yaml"
     return RunData(
         folder=folder,

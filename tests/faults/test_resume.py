@@ -5,6 +5,7 @@ import random
 import re
 import signal
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -13,9 +14,18 @@ from ssr_fast.train import main
 from tests.methods.run_support import TINY, start
 
 
-def rows(folder):
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The number of threads decides the order of sums; the processes that are started here have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(folder, file="metrics.jsonl"):
     kept = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    for line in (folder / file).read_text().splitlines():
         row = json.loads(line)
         kept.append({key: value for key, value in row.items() if key not in ("time", "images_per_second")})
     return kept
@@ -82,3 +92,35 @@ def test_kill_9_then_resume_is_bit_exact_too(tmp_path, monkeypatch):
     process.communicate(timeout=120)
     assert main(["--resume", str(parts)]) == 0
     assert rows(parts) == rows(whole)
+
+
+def stage_rows(folder):
+    return {path.name: rows(folder, path.name) for path in sorted(folder.glob("metrics-*.jsonl"))}
+
+
+def test_stages_side_by_side_stop_together_and_resume_bit_exact(tmp_path, monkeypatch):
+    monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    stages = [*TINY[:-1], "--run.stages=[supervised,self_training]"]
+    assert main([*stages, "--run.dir", str(whole)]) == 0
+
+    process = start(*stages, "--run.dir", str(parts), cwd=tmp_path)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.search(r"\b4/8\b", line):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3, err
+    assert "SIGTERM" in err and "--resume" in err and "Traceback" not in err
+    assert main(["--resume", str(parts)]) == 0
+
+    assert set(stage_rows(whole)) == {"metrics-source_only.jsonl", "metrics-self_training.jsonl"}
+    assert stage_rows(parts) == stage_rows(whole)
+    for name in ("models/source_only/model.safetensors", "model.safetensors"):
+        one, two = load_file(whole / name), load_file(parts / name)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    shipped, last = load_file(whole / "model.safetensors"), load_file(whole / "models/self_training/model.safetensors")
+    assert all(torch.equal(shipped[key], last[key]) for key in last)
+    names = [row["name"] for row in json.loads((parts / "summary.json").read_text())["stages"]]
+    assert names == ["source_only", "self_training"]
