@@ -21,10 +21,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from ssr_fast.engine.dcp_files import OPTIONAL, load_tensors, misfit, save_tensors, saved_tensors
-from ssr_fast.engine.state import config_hash, merge_values, split
+from ssr_fast.engine.state import OPTIONAL, config_hash, merge_values, split
 from ssr_fast.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -125,6 +123,9 @@ class CheckpointStore:
         if self._executor is None:
             self._write(step, tensors, manifest)
             return
+        # importing DCP takes seconds, and who only asks for an option's help need not wait for it
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
         stager = DefaultStager(StagingOptions(False, False, False, False))
         staged: Any = stager.stage(tensors)
         self._pending = self._executor.submit(self._write, step, staged, manifest)
@@ -164,6 +165,8 @@ class CheckpointStore:
                 f"the checkpoint {path} cannot be used: {reason}; resume from another step-<n> folder beside it"
             )
         manifest = _read_manifest(path)
+        from ssr_fast.engine.dcp_files import load_tensors, misfit, saved_tensors
+
         tensors, _ = split(state)
         saved = saved_tensors(path)
         problem = misfit(tensors, saved, optional)
@@ -200,6 +203,8 @@ class CheckpointStore:
             ) from error
 
     def _write(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+        from ssr_fast.engine.dcp_files import save_tensors
+
         temporary = self.folder / f".tmp-{step}"
         try:
             self._on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))

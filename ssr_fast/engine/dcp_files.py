@@ -17,9 +17,6 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from ssr_fast.errors import UserError
 
-OPTIONAL = ("rng",)
-"""What may be missing on either side: each rank has its own generators, and the number of ranks may change."""
-
 # every class that an index of plain and sharded tensors holds
 _INDEX_CLASSES = {
     ("torch", "Size"),

@@ -22,6 +22,7 @@ from ssr_fast.engine.trainer import Stopped
 from ssr_fast.errors import UserError
 
 _POLL_S = 0.2
+PRELOAD = ("ssr_fast.engine.dcp_files", "ssr_fast.models.sam_attention")
 
 
 def share(jobs: int) -> tuple[int, int]:
@@ -48,7 +49,9 @@ def side_by_side(
         UserError: the first job that reports one; the others have been stopped.
         RuntimeError: a process died or raised something else (its traceback is on the standard error).
     """
-    context = multiprocessing.get_context("spawn")
+    # one process imports everything once, before it has any threads, and the others are forked from it
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__, *PRELOAD])
     waiting = list(jobs)
     running: dict[Connection, tuple[str, BaseProcess]] = {}
     stopped: dict[str, int] = {}

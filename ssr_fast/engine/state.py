@@ -13,6 +13,9 @@ from torch import Tensor
 _MISSING = "(not set)"
 _GAUSS_NONE = 0  # flag of a generator that holds no second Gaussian
 
+OPTIONAL = ("rng",)
+"""What may be missing on either side: each rank has its own generators, and the number of ranks may change."""
+
 
 def split(tree: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Takes a nested dict of tensors and JSON values apart.

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
 from ssr_fast.errors import UserError
@@ -90,8 +89,11 @@ class SamConfig:
         return found
 
 
-def build_vit(shape: SamShape) -> ImageEncoderViT:
+def build_vit(shape: SamShape) -> nn.Module:
     """segment_anything's own image encoder of the given shape, with random weights."""
+    # it imports torchvision, which takes seconds and which only a run with SAM needs
+    from segment_anything.modeling import ImageEncoderViT
+
     return ImageEncoderViT(
         img_size=shape.size,
         patch_size=shape.patch,
@@ -162,6 +164,9 @@ def build_sam(config: SamConfig) -> FrozenEncoder:
     if config.encoder != "untrained":
         path = SMALL_WEIGHTS if config.encoder == "small" else Path(config.checkpoint)
         _load(encoder, path, config.encoder)
+    from ssr_fast.models.sam_attention import use_low_rank_attention
+
+    use_low_rank_attention(encoder)
     return FrozenEncoder(encoder, shape.size if shape.absolute_positions else None, config.standardise)
 
 
@@ -185,7 +190,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _load(encoder: ImageEncoderViT, path: Path, name: str) -> None:
+def _load(encoder: nn.Module, path: Path, name: str) -> None:
     """Load `image_encoder.*` (segment-anything's files) or bare keys (ours) strictly."""
     if path.name in KNOWN_FILES and path.is_file():
         digest = _sha256(path)

@@ -4,9 +4,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 Points = Sequence[tuple[float, float]]
 
 # Readable on a light and on a dark page. The stages of the usual comparison keep their colours in every report.
@@ -34,6 +31,10 @@ def curve_plot(y_label: str, lines: Mapping[str, Points], colors: Mapping[str, s
     Returns:
         a PNG with transparent background.
     """
+    # matplotlib takes seconds to import, and only a finished run draws
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.0, 3.4), dpi=160, layout="constrained", facecolor="none")
     axes = figure.add_subplot(facecolor="none")
     for name, points in lines.items():

@@ -50,8 +50,8 @@ def test_results_come_back_by_name_and_threads_are_shared(tmp_path: Path) -> Non
     ("kind", "error", "words"),
     [
         ("mistake", UserError, "--data.root /x is missing"),
-        ("crash", RuntimeError, "process of crash died with exit code 1"),
-        ("killed", RuntimeError, "process of killed died with exit code -9"),
+        pytest.param("crash", RuntimeError, "process of crash died with exit code 1", marks=pytest.mark.slow),
+        pytest.param("killed", RuntimeError, "process of killed died with exit code -9", marks=pytest.mark.slow),
     ],
 )
 def test_one_failure_stops_the_others_and_is_raised(
@@ -63,6 +63,7 @@ def test_one_failure_stops_the_others_and_is_raised(
     assert (tmp_path / "patient.saved").exists() or not (tmp_path / "patient.started").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_parent_leaves_no_process_that_trains_on(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from tests.engine.test_side_by_side import run\n"

@@ -79,6 +79,7 @@ def test_sigterm_at_a_random_step_then_resume_is_bit_exact(tmp_path, monkeypatch
     assert all(torch.equal(shipped[name], again[name]) for name in shipped)
 
 
+@pytest.mark.slow
 def test_kill_9_then_resume_is_bit_exact_too(tmp_path, monkeypatch):
     monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -98,6 +99,7 @@ def stage_rows(folder):
     return {path.name: rows(folder, path.name) for path in sorted(folder.glob("metrics-*.jsonl"))}
 
 
+@pytest.mark.slow
 def test_stages_side_by_side_stop_together_and_resume_bit_exact(tmp_path, monkeypatch):
     monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
