@@ -5,14 +5,11 @@ at each option and each key of each configuration file by itself, so that one ru
 """
 
 import argparse
-import difflib
 import errno
 import json
 import re
 import sys
 import traceback
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +19,14 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from ssr_fast.errors import UserError
+from ssr_fast.options import expectation, find_action, option_names, suggestion, tuple_length
 
 DONE, OUR_FAULT, USER_MISTAKE, STOPPED = 0, 1, 2, 3
 FAULT_SENTENCE = "this is a fault of ssr_fast, please report it with the lines above"
 
 _ENVIRONMENT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_PLAIN_TAG = "tag:yaml.org,2002:"
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_TYPE_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
@@ -92,6 +90,9 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     """
     argv = _join_tuples(parser, argv)
     words = list(_words(parser, argv))
+    filled = [word for word in words if not any(_ConfigFile(parser, file).empty() for file in _config_files([word]))]
+    if len(filled) < len(words):  # jsonargparse refuses a file of comments only
+        words, argv = filled, [token for word in filled for token in word.tokens]
     problems = [problem for file in _config_files(words) for problem in _ConfigFile(parser, file).structure()]
     if not problems:
         try:
@@ -115,7 +116,6 @@ class _Word:
 
 def _words(parser: ArgumentParser, argv: Sequence[str]) -> Iterator[_Word]:
     """argv cut into options with their values and positional arguments, in argparse's way."""
-    options = parser._option_string_actions
     position = 0
     while position < len(argv):
         token = argv[position]
@@ -127,7 +127,7 @@ def _words(parser: ArgumentParser, argv: Sequence[str]) -> Iterator[_Word]:
             position += 1
             continue
         name, equals, value = token.partition("=")
-        action = options.get(name)
+        action = find_action(parser, name)
         end = position + 1
         if not equals:
             limit = _value_limit(action)
@@ -158,7 +158,7 @@ def _join_tuples(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
     while position < len(argv):
         if argv[position] == "--":
             return joined + list(argv[position:])
-        length = _tuple_length(parser._option_string_actions.get(argv[position]))
+        length = tuple_length(parser._option_string_actions.get(argv[position]))
         values = argv[position + 1 : position + 1 + length]
         joined.append(argv[position])
         position += 1
@@ -166,24 +166,6 @@ def _join_tuples(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
             joined.append(f"[{','.join(values)}]")
             position += length
     return joined
-
-
-def _tuple_length(action: argparse.Action | None) -> int:
-    """n if the option's type is a tuple of n, else 0."""
-    for candidate in _alternatives(_type_of(action)):
-        parts = typing.get_args(candidate)
-        if typing.get_origin(candidate) is tuple and Ellipsis not in parts:
-            return len(parts)
-    return 0
-
-
-def _type_of(action: argparse.Action | None) -> object:
-    return getattr(action, "_typehint", None) or getattr(action, "type", None)
-
-
-def _alternatives(hint: object) -> tuple[object, ...]:
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
 
 
 def _diagnose(parser: ArgumentParser, words: Sequence[_Word]) -> list[str]:
@@ -195,7 +177,7 @@ def _diagnose(parser: ArgumentParser, words: Sequence[_Word]) -> list[str]:
         if not word.name:
             continue
         if word.action is None:
-            problems.append(f"unknown option {word.name}{_suggestion(word.name, _option_names(parser), '--')}")
+            problems.append(f"unknown option {word.name}{suggestion(word.name, option_names(parser), '--')}")
         elif isinstance(word.action, ActionConfigFile):
             if not word.values:
                 problems.append(f"{word.name} needs a value")
@@ -236,55 +218,15 @@ def _value_problem(parser: ArgumentParser, word: _Word, failure: str) -> str:
         return f"{word.name} takes no value (it has {_shown(word.values)})"
     if not word.values:
         return f"{word.name} needs a value"
-    parts = [name for name in _option_names(parser) if name.startswith(f"{word.name}.")]
+    parts = [name for name in option_names(parser) if name.startswith(f"{word.name}.")]
     if parts:
         return f"{word.name} {_shown(word.values)} is no file with its settings: give them one by one, as {parts[0]}"
-    expected = _expectation(word.action)
+    expected = expectation(word.action)
     return f"{word.name} must be {expected} (it is {_shown(word.values)})" if expected else f"{word.name}: {failure}"
 
 
 def _shown(values: Sequence[str]) -> str:
     return " ".join(values) if any(values) else "empty"
-
-
-def _expectation(action: argparse.Action | None) -> str | None:
-    """What an option's value must be, in words; None for types without a short name."""
-    if action is not None and action.choices is not None:
-        return f"one of {', '.join(str(choice) for choice in action.choices)}"
-    words = [_type_words(candidate) for candidate in _alternatives(_type_of(action))]
-    return None if None in words else ", or ".join(word for word in words if word)
-
-
-def _type_words(hint: object) -> str | None:
-    if typing.get_origin(hint) is typing.Literal:
-        return f"one of {', '.join(str(value) for value in typing.get_args(hint))}"
-    if typing.get_origin(hint) is tuple:
-        parts = typing.get_args(hint)
-        if len(set(parts)) == 1 and parts[0] in (int, float):
-            kind = "integers" if parts[0] is int else "numbers"
-            return f"{len(parts)} {kind} such as {' '.join(['512'] * len(parts))}"
-        return None
-    if hint is type(None):
-        return "null"
-    return _TYPE_WORDS.get(hint) if isinstance(hint, type) else None
-
-
-def _option_names(parser: ArgumentParser) -> list[str]:
-    """The options that hold a value, without those of whole groups."""
-    names = [name for name in parser._option_string_actions if name.startswith("--")]
-    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
-
-
-def _suggestion(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """`: did you mean X?` for a misspelt dotted name, or nothing; X also where only the front part was left out."""
-    plain = name.removeprefix(prefix).replace("-", "_")
-    bare = {candidate.removeprefix(prefix): candidate for candidate in known}
-    same_end = [full for short, full in bare.items() if short.split(".")[-1] == plain.split(".")[-1]]
-    close = difflib.get_close_matches(plain, bare, n=1, cutoff=0.75)
-    if not close and same_end:
-        return f": did you mean {' or '.join(same_end[:3])}?"
-    close = close or difflib.get_close_matches(plain, bare, n=1, cutoff=0.6)
-    return f": did you mean {bare[close[0]]}?" if close else ""
 
 
 def _one_line(message: str) -> str:
@@ -302,9 +244,16 @@ class _ConfigFile:
 
     def __init__(self, parser: ArgumentParser, path: Path) -> None:
         self.parser, self.path = parser, path
-        dests = [action.dest for action in parser._actions]
+        dests = [action.dest for action in parser._actions if not action.dest.endswith(".help")]
         self.leaves = [dest for dest in dests if not any(other.startswith(f"{dest}.") for other in dests)]
         self.groups = [dest for dest in dests if dest not in self.leaves]
+
+    def empty(self) -> bool:
+        """A readable file without any key."""
+        try:
+            return self._root() is None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return False
 
     def structure(self) -> list[str]:
         """Why the file cannot be read, or its unknown and repeated keys."""
@@ -321,12 +270,14 @@ class _ConfigFile:
             return [f"the configuration file {self.path} must hold keys with values, such as `run: {{steps: 100}}`"]
         seen: dict[str, int] = {}
         problems = []
-        for key, at, _ in self._items(root, ""):
+        for key, at, node in self._items(root, ""):
+            if not node.tag.startswith(_PLAIN_TAG) or "/" in node.tag.removeprefix(_PLAIN_TAG):
+                problems.append(f"{self.path}, line {at}: {key} has the tag {node.tag}: give a plain value")
             if key in seen:
                 problems.append(f"{self.path}, line {at}: the key {key} is there twice (first on line {seen[key]})")
             seen.setdefault(key, at)
             if key not in self.groups and not self._is_leaf(key):
-                problems.append(f"{self.path}, line {at}: unknown key {key}{_suggestion(key, self.leaves)}")
+                problems.append(f"{self.path}, line {at}: unknown key {key}{suggestion(key, self.leaves)}")
         return problems
 
     def values(self, positionals: list[str], base: str | None) -> list[str]:
@@ -343,7 +294,7 @@ class _ConfigFile:
             text = _node_text(node)
             failure = _failure(self.parser, [f"--{key}={text}", *positionals])
             if failure is not None and failure != base:
-                expected = _expectation(action)
+                expected = expectation(action)
                 sentence = f"{key} must be {expected} (it is {text or 'empty'})" if expected else f"{key}: {failure}"
                 problems.append(f"{self.path}, line {line}: {sentence}")
         return problems

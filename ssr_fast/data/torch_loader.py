@@ -38,8 +38,6 @@ class DataConfig:
     """Height and width of a training crop in pixels; smaller images are padded."""
     batch_size: int = 2
     """Images a domain in one step of one process."""
-    loader: str = "auto"
-    """auto or torch."""
     workers: int = 4
     """Processes that read samples; 0 reads in the training process."""
     cache: bool = False
@@ -68,8 +66,6 @@ class DataConfig:
             found.append(f"--{where}.batch_size must be at least 1 (it is {self.batch_size})")
         if self.workers < 0:
             found.append(f"--{where}.workers must not be negative (it is {self.workers})")
-        if self.loader not in ("auto", "torch"):
-            found.append(f"--{where}.loader must be auto or torch (it is {self.loader})")
         return found
 
 

@@ -20,6 +20,7 @@ FLOORS = (
     ("engine",),
     ("config",),
     ("presets",),
+    ("options",),
     ("session", "shipped", "commandline"),
     ("train", "evaluate", "predict", "prepare", "export", "info"),
 )

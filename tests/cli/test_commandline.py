@@ -139,7 +139,7 @@ def test_no_suggestion_for_what_is_like_nothing() -> None:
 
 
 def test_abbreviations_are_not_guessed() -> None:
-    assert mistakes("m", "--run.st", "3") == ["unknown option --run.st: did you mean --run.steps?"]
+    assert mistakes("m", "--run.st", "3") == ["unknown option --run.st: did you mean --run.steps or --run.stages?"]
 
 
 @pytest.mark.parametrize(

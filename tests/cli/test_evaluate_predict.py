@@ -387,6 +387,7 @@ def test_predict_a_video(tmp_path: Path, model: Path, call: Any) -> None:
     assert reader.get(cv2.CAP_PROP_FPS) == pytest.approx(12.0)
 
 
+@pytest.mark.slow
 def test_exit_codes_reach_the_shell(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ssr_fast.predict", "nowhere", "none.png", "--out", "o", "--uot", "x"],

@@ -1,6 +1,7 @@
 """A run that SIGTERM stops at a random step and that is resumed equals the run that never stopped, bit for bit."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ssr_fast.engine.checkpoint import CheckpointStore
+from ssr_fast.engine.trainer import Trainer
 from ssr_fast.train import main
 from tests.methods.run_support import TINY, start
 
@@ -50,7 +52,40 @@ def tensors(folder):
     return flat
 
 
-def test_sigterm_at_a_random_step_then_resume_is_bit_exact(tmp_path, monkeypatch):
+def check_equal(parts, whole):
+    """Metrics, every tensor of the last checkpoint and the shipped model."""
+    assert rows(parts) == rows(whole)
+    one, two = tensors(whole), tensors(parts)
+    assert one.keys() == two.keys() and any("teacher" in name for name in one)
+    different = [name for name in one if not torch.equal(one[name], two[name]) and "rng" not in name]
+    assert different == []
+    shipped, again = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
+    assert all(torch.equal(shipped[name], again[name]) for name in shipped)
+
+
+def test_sigterm_at_a_random_step_then_resume_is_bit_exact(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*TINY, "--run.dir", str(whole)]) == 0
+
+    at = random.Random().randrange(0, 7)
+    train_step = Trainer.train_step
+
+    def interrupted(self, batch, step):
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, batch, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", interrupted)
+        assert main([*TINY, "--run.dir", str(parts)]) == 3
+    assert f"stopped by SIGTERM: saved after step {at + 1}; continue with --resume" in capsys.readouterr().err
+    assert main(["--resume", str(parts)]) == 0
+    check_equal(parts, whole)
+
+
+@pytest.mark.slow
+def test_a_process_stopped_by_sigterm_resumes_is_bit_exact(tmp_path, monkeypatch):
     monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main([*TINY, "--run.dir", str(whole)]) == 0
@@ -70,13 +105,7 @@ def test_sigterm_at_a_random_step_then_resume_is_bit_exact(tmp_path, monkeypatch
     assert wait_for <= stopped < 8
     assert main(["--resume", str(parts)]) == 0
 
-    assert rows(parts) == rows(whole)
-    one, two = tensors(whole), tensors(parts)
-    assert one.keys() == two.keys() and any("teacher" in name for name in one)
-    different = [name for name in one if not torch.equal(one[name], two[name]) and "rng" not in name]
-    assert different == []
-    shipped, again = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
-    assert all(torch.equal(shipped[name], again[name]) for name in shipped)
+    check_equal(parts, whole)
 
 
 @pytest.mark.slow

@@ -62,17 +62,26 @@ def test_equal_to_segment_anything(case: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_fp32_error_and_gradients() -> None:
+def test_fp32_error() -> None:
     encoder = random_encoder(SMALL)
     images = torch.randn(2, 3, 96, 192)
-    expected = encoder(images)
-    wanted = torch.autograd.grad(expected.square().mean(), list(encoder.parameters()))
-    use_low_rank_attention(encoder)
-    found = encoder(images)
+    with torch.no_grad():
+        expected = encoder(images)
+        use_low_rank_attention(encoder)
+        found = encoder(images)
     assert (found - expected).norm() / expected.norm() < 1e-5
-    gradients = torch.autograd.grad(found.square().mean(), list(encoder.parameters()))
+
+
+def test_gradients() -> None:
+    encoder = random_encoder(SMALL).double()
+    images = torch.randn(2, 3, 64, 80, dtype=torch.float64)
+    expected = encoder(images)
+    cotangent = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, list(encoder.parameters()), cotangent)
+    use_low_rank_attention(encoder)
+    gradients = torch.autograd.grad(encoder(images), list(encoder.parameters()), cotangent)
     for name, one, two in zip(dict(encoder.named_parameters()), wanted, gradients, strict=True):
-        assert (one - two).norm() <= 1e-4 * one.norm() + 1e-8, name
+        assert (one - two).norm() <= 1e-9 * one.norm(), name
 
 
 def test_no_attention_map_is_stored() -> None:
