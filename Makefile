@@ -18,7 +18,7 @@ train: $(STAMP)
 	$(PY) -m ssr_fast.train $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
