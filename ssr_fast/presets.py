@@ -36,7 +36,7 @@ def demo() -> TrainConfig:
         model=ModelConfig(backbone="mit_tiny", head="segformer", channels=64, drop_path=0.0, dropout=0.1),
         method=MethodConfig(name="ssr", class_weight="inverse_sqrt"),
         self_training=SelfTrainingConfig(
-            start_step=80, momentum=0.99, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
+            start_step=100, momentum=0.99, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
         ),
         ssr=SsrConfig(points=("fused",)),
         sam=SamConfig(encoder="small", standardise=True),

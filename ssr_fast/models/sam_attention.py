@@ -47,7 +47,9 @@ class LowRankAttention(nn.Module):
 
 def use_low_rank_attention(encoder: nn.Module) -> None:
     """Replace the attention of every block of segment-anything's image encoder; weights and state dict stay."""
-    for block in encoder.blocks:
+    blocks = encoder.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    for block in blocks:
         if block.attn.use_rel_pos:
             block.attn = LowRankAttention(block.attn)
 
