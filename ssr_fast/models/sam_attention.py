@@ -50,8 +50,9 @@ def use_low_rank_attention(encoder: nn.Module) -> None:
     blocks = encoder.blocks
     assert isinstance(blocks, nn.ModuleList)
     for block in blocks:
-        if block.attn.use_rel_pos:
-            block.attn = LowRankAttention(block.attn)
+        attention = block.attn
+        if isinstance(attention, Attention) and attention.use_rel_pos:
+            block.attn = LowRankAttention(attention)
 
 
 def _positions(h: int, w: int, like: Tensor) -> Tensor:
