@@ -24,7 +24,7 @@ COMPARE = ("supervised", "self_training", "ssr")
 def demo() -> TrainConfig:
     """Procedural scenes, three methods from the same start, minutes on a CPU: shows the mechanism at work."""
     return TrainConfig(
-        run=RunConfig(steps=200, stages=COMPARE, log_every=10, evaluate_every=100, save_every=100, samples=6),
+        run=RunConfig(steps=130, stages=COMPARE, log_every=10, evaluate_every=65, save_every=65, samples=6),
         data=DataConfig(
             scenes=ScenesConfig(evaluation_count=64),
             crop=(96, 192),
@@ -36,34 +36,36 @@ def demo() -> TrainConfig:
         model=ModelConfig(backbone="mit_tiny", head="segformer", channels=64, drop_path=0.0, dropout=0.1),
         method=MethodConfig(name="ssr", class_weight="inverse_sqrt"),
         self_training=SelfTrainingConfig(
-            start_step=100, momentum=0.99, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
+            start_step=75, momentum=0.95, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
         ),
-        ssr=SsrConfig(points=("fused",)),
+        ssr=SsrConfig(points=("fused",), weight=6.0),
         sam=SamConfig(encoder="small", standardise=True),
-        optim=OptimConfig(lr=2e-3, head_lr_factor=2.0, warmup_steps=20, clip_norm=1.0),
+        optim=OptimConfig(lr=7e-3, head_lr_factor=1.0, warmup_steps=10, clip_norm=1.0),
     )
 
 
 def camvid_day_dusk() -> TrainConfig:
     """CamVid, day to dusk: small real data (give --data.source.root, the others follow it), runs on a CPU."""
     return TrainConfig(
-        run=RunConfig(steps=400, stages=COMPARE, log_every=20, evaluate_every=200, save_every=200),
+        run=RunConfig(steps=200, stages=COMPARE, log_every=20, evaluate_every=100, save_every=100),
         data=DataConfig(
-            source=DomainConfig(layout="camvid", split="train", condition="day"),
-            target=DomainConfig(layout="camvid", split="train", condition="dusk"),
-            evaluation=DomainConfig(layout="camvid", split="test", condition="dusk"),
-            crop=(192, 256),
+            source=DomainConfig(layout="camvid", split="train", condition="day", resize=(320, 240)),
+            target=DomainConfig(layout="camvid", split="train", condition="dusk", resize=(320, 240)),
+            evaluation=DomainConfig(layout="camvid", split="test", condition="dusk", resize=(320, 240)),
+            crop=(144, 192),
             batch_size=2,
-            workers=1,
+            workers=0,
+            cache=True,
             sampling=SamplingConfig(temperature=0.1),
         ),
-        model=ModelConfig(backbone="mit_b0", head="daformer", channels=64),
+        model=ModelConfig(backbone="mit_b0", head="segformer", channels=128),
         method=MethodConfig(name="ssr", class_weight="inverse_sqrt"),
         self_training=SelfTrainingConfig(
-            start_step=200, momentum=0.99, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
+            start_step=100, momentum=0.95, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
         ),
+        ssr=SsrConfig(points=("fused",)),
         sam=SamConfig(encoder="small", standardise=True),
-        optim=OptimConfig(lr=6e-4, head_lr_factor=4.0, warmup_steps=40, clip_norm=1.0),
+        optim=OptimConfig(lr=1e-3, head_lr_factor=2.0, warmup_steps=20, clip_norm=1.0),
     )
 
 

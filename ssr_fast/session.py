@@ -28,7 +28,7 @@ from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.host_memory import keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
-from ssr_fast.engine.side_by_side import share, side_by_side
+from ssr_fast.engine.side_by_side import prepare, share, side_by_side
 from ssr_fast.engine.trainer import Trainer, pick_device
 from ssr_fast.errors import UserError
 from ssr_fast.eval.protocols import Scores, score
@@ -65,6 +65,8 @@ class Session:
         self.resolved = plain(dataclasses.asdict(config))
         if command:
             self._write_head(command)
+            if self.device.type == "cpu" and len(config.stages()) > 1:
+                prepare(_stage_process)  # while this process checks the data
         self.source, self.target, self.evaluation = self._indices()
         step = max(1, len(self.evaluation.samples) // max(1, config.run.samples))
         self.shown: list[Sample] = list(self.evaluation.samples[::step][: config.run.samples])

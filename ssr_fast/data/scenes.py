@@ -39,8 +39,8 @@ _SOURCE_PALETTE = np.array([
     [206, 200, 120], [120, 172, 232], [206, 62, 70], [44, 62, 168],
 ], np.float32)
 _OTHER_PALETTE = np.array([
-    [122, 112, 96], [120, 122, 112], [150, 150, 158], [104, 100, 46],
-    [84, 78, 74], [196, 188, 176], [124, 70, 96], [64, 104, 112],
+    [104, 110, 122], [160, 150, 140], [150, 150, 158], [104, 100, 46],
+    [150, 146, 96], [196, 188, 176], [124, 70, 96], [64, 104, 112],
 ], np.float32)
 # fmt: on
 
@@ -247,10 +247,10 @@ def source_style() -> Style:
 def target_style(gap: float) -> Style:
     """The camera image at distance `gap` in [0, 1] from the source."""
     palette = (1.0 - gap) * _SOURCE_PALETTE + gap * _OTHER_PALETTE
-    cast = (1.0 + 0.10 * gap, 1.0, 1.0 - 0.14 * gap)
+    cast = (1.0 + 0.19 * gap, 1.0, 1.0 - 0.25 * gap)
     return Style(
         palette,
-        18.0,
+        14.0 + 17.0 * gap,
         0.15 - 0.40 * gap,
         1.0,
         0.45 * gap,

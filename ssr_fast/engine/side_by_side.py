@@ -5,6 +5,7 @@ A stop is passed on to every process, and each saves; a process whose parent has
 """
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -32,6 +33,12 @@ def share(jobs: int) -> tuple[int, int]:
     return at_once, cores // at_once
 
 
+def prepare(work: Callable[..., Any]) -> None:
+    """Start the process that the jobs of `side_by_side(work, ...)` are forked from; it imports in the background."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([work.__module__, *PRELOAD])
+    multiprocessing.forkserver.ensure_running()
+
+
 def side_by_side(
     work: Callable[..., Any], jobs: Sequence[tuple[str, tuple[Any, ...]]], at_once: int, threads: int, stop: StopSignal
 ) -> Iterator[tuple[str, Any]]:
@@ -50,8 +57,8 @@ def side_by_side(
         RuntimeError: a process died or raised something else (its traceback is on the standard error).
     """
     # one process imports everything once, before it has any threads, and the others are forked from it
+    prepare(work)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__, *PRELOAD])
     waiting = list(jobs)
     running: dict[Connection, tuple[str, BaseProcess]] = {}
     stopped: dict[str, int] = {}

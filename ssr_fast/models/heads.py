@@ -4,7 +4,7 @@ State-dict names are those of the checkpoints that exist (DAFormer/MIC/SSR; NVID
 B batch, C channels, E embedding channels, K classes, h w feature pixels at stride 4.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -105,21 +105,31 @@ class Projection(nn.Module):
         self.proj = nn.Linear(dim, channels)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """feature [B, C, h, w] -> [B, E, h, w], channels-last memory."""
-        out: Tensor = self.proj(feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        """feature [B, h, w, C] -> [B, h, w, E]."""
+        out: Tensor = self.proj(feature)
         return out
 
 
-def _embed(features: Sequence[Tensor], projections: Iterable[nn.Module]) -> list[Tensor]:
-    """Embed each stage and bring it to the first stage's size: four [B, C, h, w] -> four [B, E, h1, w1]."""
-    size = features[0].shape[2:]
-    embedded = []
-    for feature, projection in zip(features, projections, strict=True):
-        x = projection(feature)
-        if x.shape[2:] != size:
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        embedded.append(x)
-    return embedded
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resize, align_corners False: x [B, h, w, C] -> [B, *size, C].
+
+    Equals F.interpolate up to rounding, as two matrix products: their backward pass is deterministic on a GPU, which
+    F.interpolate's is not, and on a CPU several times faster.
+    """
+    b, h, w, c = x.shape
+    height, width = size
+    if width != w:
+        x = _interpolation(w, width, x) @ x  # [B, h, W, C]
+    if height != h:
+        x = (_interpolation(h, height, x) @ x.reshape(b, h, width * c)).view(b, height, width, c)
+    return x
+
+
+def _interpolation(count: int, wanted: int, like: Tensor) -> Tensor:
+    """[wanted, count]: the weights with which `count` samples give `wanted`, in `like`'s type."""
+    exact = like.dtype if like.dtype == torch.float64 else torch.float32
+    basis = torch.eye(count, dtype=exact, device=like.device)[None]  # the interpolation of each unit vector
+    return F.interpolate(basis, size=wanted, mode="linear", align_corners=False)[0].T.to(like.dtype)
 
 
 class DAFormerHead(nn.Module):
@@ -145,12 +155,20 @@ class DAFormerHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """features: four [B, C, h, w] -> (fused [B, E, h1, w1] as before dropout, logits [B, K, h1, w1])."""
-        fused = self.fuse_layer(torch.cat(_embed(features, self.embed_layers), dim=1))
+        size = features[0].shape[2:]
+        stages = zip(features, self.embed_layers, strict=True)
+        embedded = [resize(layer(feature.permute(0, 2, 3, 1)), size) for feature, layer in stages]
+        fused = self.fuse_layer(torch.cat(embedded, dim=3).permute(0, 3, 1, 2))
         return fused, self.conv_seg(self.dropout(fused))
 
 
 class SegFormerHead(nn.Module):
-    """SegFormer's all-MLP head. Arguments and results as DAFormerHead's."""
+    """SegFormer's all-MLP head. Arguments and results as DAFormerHead's.
+
+    The 1x1 convolution over the concatenated embeddings is a sum of one linear map a stage, and a linear map commutes
+    with resizing: so each stage is embedded and mixed in one product at its own size, and the four sums are resized.
+    It is the same function without the [B, 4E, h1, w1] concatenation and most of the arithmetic.
+    """
 
     def __init__(
         self, dims: Sequence[int], class_count: int, channels: int = 256, dropout: float = 0.1, *, noise: Noise
@@ -165,9 +183,14 @@ class SegFormerHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """features: four [B, C, h, w] -> (fused [B, E, h1, w1] as before dropout, logits [B, K, h1, w1])."""
-        projections = [getattr(self, f"linear_c{stage}") for stage in range(1, len(features) + 1)]
-        embedded = _embed(features, projections)
-        fused = self.linear_fuse(torch.cat(embedded[::-1], dim=1))  # the weights expect the deepest stage first
+        size = features[0].shape[2:]
+        projections = [getattr(self, f"linear_c{stage}").proj for stage in range(1, len(features) + 1)]
+        mixers = self.linear_fuse.conv.weight.flatten(1).chunk(len(features), dim=1)  # four [E, E]
+        total = torch.zeros((), dtype=features[0].dtype, device=features[0].device)
+        for feature, linear, mixer in zip(features, projections, mixers[::-1], strict=True):  # the deepest stage first
+            x = F.linear(feature.permute(0, 2, 3, 1), mixer @ linear.weight, mixer @ linear.bias)  # [B, h, w, E]
+            total = total + resize(x, size)
+        fused = self.linear_fuse.finish(total.permute(0, 3, 1, 2))
         return fused, self.linear_pred(self.dropout(fused))
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssr_fast.models.heads import HEADS, DAFormerHead, SegFormerHead, SplitBatchNorm2d
+from ssr_fast.models.heads import HEADS, DAFormerHead, SegFormerHead, SplitBatchNorm2d, resize
 from ssr_fast.models.noise import Noise
 from ssr_fast.models.segmentor import ModelConfig, build_segmentor
 
@@ -93,6 +93,43 @@ def test_daformer_head_against_plain_convolutions(seed: int) -> None:
     got_fused, got_logits = head(features)
     torch.testing.assert_close(got_fused, fused, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(got_logits, logits, rtol=1e-10, atol=1e-10)
+
+
+def test_segformer_head_against_plain_convolutions(seed: int) -> None:
+    head = SegFormerHead(DIMS, 5, 64, noise=Noise()).double().eval()
+    scramble(head)
+    p = head.state_dict()
+    features = make_features(2, torch.float64)
+    embedded = []
+    for index, feature in enumerate(features, start=1):
+        x = F.conv2d(feature, p[f"linear_c{index}.proj.weight"][:, :, None, None], p[f"linear_c{index}.proj.bias"])
+        embedded.append(F.interpolate(x, size=(13, 19), mode="bilinear", align_corners=False))
+    x = F.conv2d(torch.cat(embedded[::-1], dim=1), p["linear_fuse.conv.weight"])
+    names = ("running_mean", "running_var", "weight", "bias")
+    fused = F.batch_norm(x, *(p[f"linear_fuse.bn.{name}"] for name in names)).relu()
+    logits = F.conv2d(fused, p["linear_pred.weight"], p["linear_pred.bias"])
+
+    got_fused, got_logits = head(features)
+    torch.testing.assert_close(got_fused, fused, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got_logits, logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [((7, 10), (13, 19)), ((3, 6), (24, 48)), ((1, 1), (5, 4)), ((9, 4), (9, 11)), ((12, 8), (5, 3)), ((6, 6), (6, 6))],
+)
+def test_resize_is_bilinear_interpolation(size: tuple[int, int], wanted: tuple[int, int], seed: int) -> None:
+    x = torch.randn(2, *size, 3, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    got = resize(x, wanted)
+    expected = F.interpolate(y.permute(0, 3, 1, 2), size=wanted, mode="bilinear", align_corners=False)
+    expected = expected.permute(0, 2, 3, 1)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(got)
+    (got * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
+    assert resize(x.float(), wanted).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
