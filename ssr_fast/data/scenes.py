@@ -247,7 +247,7 @@ def source_style() -> Style:
 def target_style(gap: float) -> Style:
     """The camera image at distance `gap` in [0, 1] from the source."""
     palette = (1.0 - gap) * _SOURCE_PALETTE + gap * _OTHER_PALETTE
-    cast = (1.0 + 0.22 * gap, 1.0, 1.0 - 0.30 * gap)
+    cast = (1.0 + 0.19 * gap, 1.0, 1.0 - 0.25 * gap)
     return Style(
         palette,
         14.0 + 17.0 * gap,
