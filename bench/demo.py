@@ -20,6 +20,7 @@ from ssr_fast.config import TrainConfig, problems
 from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.side_by_side import share, side_by_side
+from ssr_fast.engine.trainer import Stopped
 from ssr_fast.presets import demo
 from ssr_fast.session import Session
 
@@ -114,11 +115,14 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder, StopSignal() as stop:
         jobs = [(f"{name}-{seed}", (name, seed, Path(folder))) for seed in seeds for name in options.rows]
-        for _, result in side_by_side(run_row, jobs, at_once, threads, stop):
-            results.append(result)
-            if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
+        try:
+            for _, result in side_by_side(run_row, jobs, at_once, threads, stop):
+                results.append(result)
+                if options.json:
+                    options.json.parent.mkdir(parents=True, exist_ok=True)
+                    options.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
+        except Stopped as stopped:
+            print(f"stopped by {stopped.args[0]}; what had finished:")
     print(table(results))
 
 
