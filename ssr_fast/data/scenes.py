@@ -360,6 +360,7 @@ def write_scenes(folder: Path, config: ScenesConfig) -> None:
     try:
         if done.is_file() and done.read_text(encoding="utf-8") == mark:
             return
+        done.unlink(missing_ok=True)  # from here on the folder is neither the old set nor the new one
         for role, count in (
             ("source", config.source_count),
             ("target", config.target_count),
