@@ -65,7 +65,7 @@ class Session:
         self.resolved = plain(dataclasses.asdict(config))
         if command:
             self._write_head(command)
-            if self.device.type == "cpu" and len(config.stages()) > 1:
+            if self._in_processes():
                 prepare(_stage_process)  # while this process checks the data
         self.source, self.target, self.evaluation = self._indices()
         step = max(1, len(self.evaluation.samples) // max(1, config.run.samples))
@@ -84,7 +84,7 @@ class Session:
         finished = [row["name"] for row in self.summary["stages"]]
         pending = [name for name in stages if STAGE_NAMES[name] not in finished]
         with StopSignal() as stop:
-            if self.device.type == "cpu" and len(stages) > 1:
+            if self._in_processes():
                 self._train_side_by_side(pending, len(stages), stop)
             else:
                 for name in pending:
@@ -95,6 +95,10 @@ class Session:
         self._write_samples()
         write_report(self.folder)
         return self.summary
+
+    def _in_processes(self) -> bool:
+        """Whether each stage trains in a process of its own."""
+        return self.device.type == "cpu" and len(self.config.stages()) > 1
 
     def _train_side_by_side(self, pending: list[str], count: int, stop: StopSignal) -> None:
         """The stages in processes of their own, the last one, which takes longest, first.

@@ -114,7 +114,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resize, align_corners False: x [B, h, w, C] -> [B, *size, C].
 
     Equals F.interpolate up to rounding, as two matrix products: their backward pass is deterministic on a GPU, which
-    F.interpolate's is not, and on a CPU several times faster.
+    F.interpolate's is not.
     """
     b, h, w, c = x.shape
     height, width = size
@@ -186,11 +186,11 @@ class SegFormerHead(nn.Module):
         size = features[0].shape[2:]
         projections = [getattr(self, f"linear_c{stage}").proj for stage in range(1, len(features) + 1)]
         mixers = self.linear_fuse.conv.weight.flatten(1).chunk(len(features), dim=1)  # four [E, E]
-        total = torch.zeros((), dtype=features[0].dtype, device=features[0].device)
+        parts = []
         for feature, linear, mixer in zip(features, projections, mixers[::-1], strict=True):  # the deepest stage first
             x = F.linear(feature.permute(0, 2, 3, 1), mixer @ linear.weight, mixer @ linear.bias)  # [B, h, w, E]
-            total = total + resize(x, size)
-        fused = self.linear_fuse.finish(total.permute(0, 3, 1, 2))
+            parts.append(resize(x, size))
+        fused = self.linear_fuse.finish(sum(parts[1:], start=parts[0]).permute(0, 3, 1, 2))
         return fused, self.linear_pred(self.dropout(fused))
 
 
