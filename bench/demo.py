@@ -79,8 +79,9 @@ def run_row(name: str, seed: int, folder: Path) -> dict[str, Any]:
     if found:
         raise ValueError("; ".join(found))
     started = time.perf_counter()
-    command = ["python", "-m", "bench.demo"]
-    stage = Session(config, "demo", False, command, report=lambda line: None).train()["stages"][0]
+    session = Session(config, "demo", False, ["python", "-m", "bench.demo"], report=lambda line: None)
+    with StopSignal() as stop:
+        stage = session.train_stage(config.method.name, stop)
     return {"row": name, "seed": seed, "miou": stage["target_miou"], "seconds": time.perf_counter() - started}
 
 

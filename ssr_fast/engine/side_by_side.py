@@ -23,14 +23,22 @@ from ssr_fast.engine.trainer import Stopped
 from ssr_fast.errors import UserError
 
 _POLL_S = 0.2
+_NICE = 5  # of the jobs that share what the first one leaves
 PRELOAD = ("ssr_fast.engine.dcp_files", "ssr_fast.models.sam_attention")
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share(jobs: int) -> tuple[int, int]:
-    """(processes at once, threads of each) for a number of jobs on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_once = max(1, min(jobs, cores))
-    return at_once, cores // at_once
+    """(processes at once, threads of each) for a number of jobs on this machine.
+
+    Fewer jobs than twice the cores all start together: taken in turn, the last one would leave cores idle at the end.
+    """
+    cores = _cores()
+    at_once = max(1, jobs if jobs < 2 * cores else cores)
+    return at_once, max(1, cores // at_once)
 
 
 def prepare(work: Callable[..., Any]) -> None:
@@ -46,7 +54,7 @@ def side_by_side(
 
     Args:
         work: a module's function; its arguments and its result are pickled.
-        jobs: (name, arguments) of each.
+        jobs: (name, arguments) of each, the longest first: where processes outnumber cores the first one has priority.
         at_once: processes at once.
         threads: PyTorch's threads in each process.
         stop: when it is requested the processes are stopped too.
@@ -64,13 +72,15 @@ def side_by_side(
     stopped: dict[str, int] = {}
     failure: Exception | None = None
     asked: set[str] = set()
+    crowded = min(at_once, len(jobs)) * threads > _cores()
     try:
         while waiting or running:
             while waiting and len(running) < at_once and failure is None and not stop.requested:
                 name, arguments = waiting.pop(0)
+                nice = _NICE if crowded and name != jobs[0][0] else 0
                 ours, theirs = context.Pipe(duplex=False)
                 process: BaseProcess = context.Process(
-                    target=_child, args=(theirs, threads, work, arguments), name=name
+                    target=_child, args=(theirs, nice, threads, work, arguments), name=name
                 )
                 process.start()
                 theirs.close()
@@ -113,8 +123,9 @@ def _outcome(ready: Connection, process: BaseProcess) -> tuple[str, Any]:
     return outcome if outcome[0] != "died" else ("died", f"died with exit code {process.exitcode}")
 
 
-def _child(results: Connection, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _child(results: Connection, nice: int, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """The life of a process: signals that come before the work handles them end it; nothing is lost by then."""
+    os.nice(nice)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -89,5 +89,19 @@ def _wait_for(path: Path) -> None:
 def test_share() -> None:
     cores = len(os.sched_getaffinity(0))
     assert share(1) == (1, cores)
-    at_once, threads = share(1000)
-    assert (at_once, threads) == (cores, 1)
+    assert share(1000) == (cores, 1)
+    assert share(2 * cores - 1) == (max(1, 2 * cores - 1), 1)
+
+
+def niceness() -> int:
+    return os.nice(0)
+
+
+def test_the_first_job_has_priority_where_processes_outnumber_the_cores() -> None:
+    count, own = 2 * len(os.sched_getaffinity(0)) + 1, os.nice(0)
+    names = [f"job{number}" for number in range(count)]
+    with StopSignal() as stop:
+        crowded = dict(side_by_side(niceness, [(name, ()) for name in names], count, 1, stop))
+        alone = dict(side_by_side(niceness, [("job0", ())], 1, 1, stop))
+    assert crowded["job0"] == alone["job0"] == own
+    assert all(crowded[name] > own for name in names[1:])
