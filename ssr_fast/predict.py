@@ -16,7 +16,7 @@ from ssr_fast.commandline import DONE, command_parser, parse, raise_problems, ru
 from ssr_fast.data.images import BadFile, decode_image
 from ssr_fast.errors import UserError
 from ssr_fast.eval.inference import InferenceConfig
-from ssr_fast.eval.run import evaluating, fit_picture, logits_only, predict_picture
+from ssr_fast.eval.run import evaluating, fit_picture, logits_only, predict_pictures
 from ssr_fast.eval.table import progress_bar
 from ssr_fast.report.files import Job, plan_jobs, prepare_folder, write_prediction
 from ssr_fast.report.video import overlay_video
@@ -79,7 +79,7 @@ class Predictor:
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         with torch.no_grad():
             pixels = fit_picture(image, self.resize)
-            label = predict_picture(self._network, pixels, self.inference, image.shape[:2], self.model.device)
+            label = predict_pictures(self._network, pixels[None], self.inference, image.shape[:2], self.model.device)[0]
         return label.to(torch.uint8).cpu().numpy()
 
 

@@ -21,7 +21,8 @@ from ssr_fast.eval.inference import InferenceConfig, Network, predict_labels
 ReadLabel = Callable[[Path], NDArray[np.uint8]]
 Visit = Callable[[Sample, NDArray[np.uint8], NDArray[np.uint8]], None]
 
-_AHEAD = 4  # decoded pictures that may wait for the network: reading a PNG takes longer than a forward on a GPU
+_AHEAD = 8  # decoded pictures that may wait for the network: reading a PNG takes longer than a forward on a GPU
+_GROUP_IMAGES, _GROUP_PIXELS = 8, 1 << 18  # small images share a forward, which costs little more than that of one
 
 
 def evaluate_samples(
@@ -60,39 +61,44 @@ def evaluate_samples(
     """
     matrix = ConfusionMatrix(class_count, device)
     network = logits_only(model)
+    done = 0
     with evaluating(model), torch.no_grad():
-        for done, (sample, image, label) in enumerate(_read_ahead(samples, read_label, resize), 1):
-            prediction = predict_picture(network, image, config, label.shape, device)
-            try:
-                matrix.update(prediction, torch.from_numpy(label).to(device))
-            except ValueError as error:
-                raise UserError(f"{sample.label} does not fit the network: {error}") from error
-            if visit is not None:
-                visit(sample, prediction.to(torch.uint8).cpu().numpy(), label)
-            if progress is not None:
-                progress(done, len(samples))
+        for group in _groups(_read_ahead(samples, read_label, resize)):
+            images, size = np.stack([image for _, image, _ in group]), group[0][2].shape
+            for (sample, _, label), prediction in zip(
+                group, predict_pictures(network, images, config, size, device), strict=True
+            ):
+                try:
+                    matrix.update(prediction, torch.from_numpy(label).to(device))
+                except ValueError as error:
+                    raise UserError(f"{sample.label} does not fit the network: {error}") from error
+                if visit is not None:
+                    visit(sample, prediction.to(torch.uint8).cpu().numpy(), label)
+                done += 1
+                if progress is not None:
+                    progress(done, len(samples))
     return matrix
 
 
-def predict_picture(
+def predict_pictures(
     network: Network,
-    image: NDArray[np.uint8],
+    images: NDArray[np.uint8],
     config: InferenceConfig,
     size: tuple[int, ...],
     device: torch.device | str,
 ) -> Tensor:
-    """image uint8 [H, W, 3] RGB -> predicted classes int64 [size[0], size[1]] on `device`.
+    """images uint8 [B, H, W, 3] RGB -> predicted classes int64 [B, size[0], size[1]] on `device`.
 
     Raises:
         UserError: the GPU's memory does not hold the image in this mode.
     """
-    pixels = normalise_batch(torch.from_numpy(image).to(device)[None])  # [1, 3, H, W]
+    pixels = normalise_batch(torch.from_numpy(images).to(device))  # [B, 3, H, W]
     try:
-        return predict_labels(network, pixels, config, (size[0], size[1]))[0]
+        return predict_labels(network, pixels, config, (size[0], size[1]))
     except torch.OutOfMemoryError as error:
         advice = "use --inference.mode slide" if config.mode == "whole" else "use a smaller --inference.crop or batch"
         raise UserError(
-            f"the GPU ran out of memory on an image of {image.shape[1]}x{image.shape[0]} pixels: {advice}, "
+            f"the GPU ran out of memory on an image of {images.shape[2]}x{images.shape[1]} pixels: {advice}, "
             "or resize the images to a smaller box"
         ) from error
 
@@ -126,6 +132,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 _Pair = tuple[Sample, NDArray[np.uint8], NDArray[np.uint8]]
+
+
+def _groups(pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
+    """The pairs in order; neighbours of one size, image and label, together while they are few and small."""
+    group: list[_Pair] = []
+    for pair in pairs:
+        _, image, label = pair
+        if group:
+            same = group[0][1].shape == image.shape and group[0][2].shape == label.shape
+            pixels = (len(group) + 1) * image.shape[0] * image.shape[1]
+            if not same or len(group) == _GROUP_IMAGES or pixels > _GROUP_PIXELS:
+                yield group
+                group = []
+        group.append(pair)
+    if group:
+        yield group
 
 
 def _read_ahead(samples: Sequence[Sample], read_label: ReadLabel, resize: tuple[int, int] | None) -> Iterator[_Pair]:

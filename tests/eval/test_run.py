@@ -32,10 +32,10 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.conv = nn.Conv2d(3, K, 5, stride=4, padding=2)
         self.norm = nn.BatchNorm2d(K)
-        self.sizes: list[tuple[int, ...]] = []
+        self.batches: list[int] = []
 
     def forward(self, images: Tensor) -> Output:
-        self.sizes.append(tuple(images.shape[2:]))
+        self.batches.append(images.shape[0])
         return Output(self.norm(self.conv(images)))
 
 
@@ -74,6 +74,15 @@ def test_counts_equal_each_picture_by_hand(tmp_path: Path, resize: tuple[int, in
         prediction = logits.argmax(1)[0].numpy()
         np.add.at(expected, (label[label != 255], prediction[label != 255]), 1)
     assert np.array_equal(matrix.counts.numpy(), expected)
+
+
+def test_neighbours_of_one_size_share_a_forward_and_the_counts_stay(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path, [(80, 60)] * 11 + [(61, 47)] * 3 + [(80, 60)] + [(500, 300)] * 2)
+    net = Net()
+    together = evaluate_samples(net, samples, read_label, InferenceConfig(), None, "cpu", K).counts
+    assert net.batches == [8, 3, 3, 1, 1, 1]  # at most 8 images, at most 2**18 pixels
+    alone = sum(evaluate_samples(net, [one], read_label, InferenceConfig(), None, "cpu", K).counts for one in samples)
+    assert torch.equal(together, alone)
 
 
 def test_every_module_gets_its_own_mode_back_and_buffers_stay(tmp_path: Path) -> None:
