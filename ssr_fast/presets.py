@@ -24,7 +24,7 @@ COMPARE = ("supervised", "self_training", "ssr")
 def demo() -> TrainConfig:
     """Procedural scenes, three methods from the same start, minutes on a CPU: shows the mechanism at work."""
     return TrainConfig(
-        run=RunConfig(steps=115, stages=COMPARE, log_every=5, evaluate_every=60, save_every=60, samples=6),
+        run=RunConfig(steps=130, stages=COMPARE, log_every=10, evaluate_every=65, save_every=65, samples=6),
         data=DataConfig(
             scenes=ScenesConfig(evaluation_count=64),
             crop=(96, 192),
@@ -36,7 +36,7 @@ def demo() -> TrainConfig:
         model=ModelConfig(backbone="mit_tiny", head="segformer", channels=64, drop_path=0.0, dropout=0.1),
         method=MethodConfig(name="ssr", class_weight="inverse_sqrt"),
         self_training=SelfTrainingConfig(
-            start_step=65, momentum=0.95, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
+            start_step=75, momentum=0.95, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
         ),
         ssr=SsrConfig(points=("fused",), weight=6.0),
         sam=SamConfig(encoder="small", standardise=True),
