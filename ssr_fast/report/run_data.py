@@ -95,14 +95,15 @@ class RunData:
         return [stage_title(name) for name in dict.fromkeys(names)]
 
     def series(self, key: str) -> dict[str, list[tuple[float, float]]]:
-        """Stage title -> (step, value) of a number in metrics.jsonl, for the stages that have it."""
+        """Stage title -> (step, value) of a number in metrics.jsonl, for the stages that have it, in their order."""
         found: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows:
             value = _number(row.get(key)) if key in row else None
             step = _number(row.get("step"))
             if value is not None and math.isfinite(step):
                 found.setdefault(stage_title(str(row.get("stage", "run"))), []).append((step, value))
-        return {title: sorted(points) for title, points in found.items()}
+        order = dict.fromkeys([*self.stage_titles(), *found])
+        return {title: sorted(found[title]) for title in order if title in found}
 
     def loss_keys(self) -> list[str]:
         """Names of the losses in metrics.jsonl, the total first."""

@@ -212,6 +212,14 @@ def test_series_are_sorted_and_losses_found(tmp_path: Path) -> None:
     assert steps == [10, 10, 20]
 
 
+def test_lines_come_in_the_order_of_the_stages_not_of_the_files(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", curves=True)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in reversed(rows)))
+    data = read_run(folder)
+    assert list(data.series("loss")) == [stage.title for stage in data.stages] == data.stage_titles()
+
+
 def test_large_pictures_become_smaller(tmp_path: Path) -> None:
     write_run(tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (900, 2400, 3), dtype=np.uint8)
