@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--jobs", type=int, default=0, help="runs at once; 0: one for each core")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at once; 0: as many as the cores allow")
     options = parser.parse_args()
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     at_once, threads = share(options.jobs or len(options.rows) * options.seeds)

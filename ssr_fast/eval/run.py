@@ -63,7 +63,9 @@ def evaluate_samples(
     network = logits_only(model)
     done = 0
     with evaluating(model), torch.no_grad():
-        for group in _groups(_read_ahead(samples, read_label, resize)):
+        # sliding windows are batched within an image already, as many as --inference.batch says
+        most = _GROUP_IMAGES if config.mode == "whole" else 1
+        for group in _groups(_read_ahead(samples, read_label, resize), most):
             images, size = np.stack([image for _, image, _ in group]), group[0][2].shape
             for (sample, _, label), prediction in zip(
                 group, predict_pictures(network, images, config, size, device), strict=True
@@ -134,15 +136,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 _Pair = tuple[Sample, NDArray[np.uint8], NDArray[np.uint8]]
 
 
-def _groups(pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
-    """The pairs in order; neighbours of one size, image and label, together while they are few and small."""
+def _groups(pairs: Iterator[_Pair], most: int) -> Iterator[list[_Pair]]:
+    """The pairs in order; neighbours of one size, image and label, together: at most `most`, and only small ones."""
     group: list[_Pair] = []
     for pair in pairs:
         _, image, label = pair
         if group:
             same = group[0][1].shape == image.shape and group[0][2].shape == label.shape
             pixels = (len(group) + 1) * image.shape[0] * image.shape[1]
-            if not same or len(group) == _GROUP_IMAGES or pixels > _GROUP_PIXELS:
+            if not same or len(group) == most or pixels > _GROUP_PIXELS:
                 yield group
                 group = []
         group.append(pair)

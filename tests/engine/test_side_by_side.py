@@ -90,7 +90,7 @@ def test_share() -> None:
     cores = len(os.sched_getaffinity(0))
     assert share(1) == (1, cores)
     assert share(1000) == (cores, 1)
-    assert share(2 * cores - 1) == (max(1, 2 * cores - 1), 1)
+    assert share(2 * cores - 1) == (2 * cores - 1, 1)
 
 
 def niceness() -> int:
@@ -98,7 +98,7 @@ def niceness() -> int:
 
 
 def test_the_first_job_has_priority_where_processes_outnumber_the_cores() -> None:
-    count, own = 2 * len(os.sched_getaffinity(0)) + 1, os.nice(0)
+    count, own = len(os.sched_getaffinity(0)) + 1, os.nice(0)
     names = [f"job{number}" for number in range(count)]
     with StopSignal() as stop:
         crowded = dict(side_by_side(niceness, [(name, ()) for name in names], count, 1, stop))

@@ -85,6 +85,14 @@ def test_neighbours_of_one_size_share_a_forward_and_the_counts_stay(tmp_path: Pa
     assert torch.equal(together, alone)
 
 
+def test_sliding_windows_of_one_forward_are_as_many_as_the_option_says(tmp_path: Path) -> None:
+    samples = write_samples(tmp_path, [(80, 60)] * 2)
+    net = Net()
+    config = InferenceConfig(mode="slide", crop=(32, 32), stride=(32, 32), batch=4)
+    evaluate_samples(net, samples, read_label, config, None, "cpu", K)
+    assert net.batches == [4, 2] * 2  # 2 x 3 windows an image
+
+
 def test_every_module_gets_its_own_mode_back_and_buffers_stay(tmp_path: Path) -> None:
     samples = write_samples(tmp_path, [(40, 40)])
     net = Net()
