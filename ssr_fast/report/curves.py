@@ -35,8 +35,7 @@ def curve_plot(y_label: str, lines: Mapping[str, Points], colors: Mapping[str, s
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.0, 3.4), dpi=160, facecolor="none")
-    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.14, top=0.97)  # a layout engine would draw it three times
+    figure = Figure(figsize=(6.0, 3.4), dpi=160, layout="constrained", facecolor="none")
     axes = figure.add_subplot(facecolor="none")
     for name, points in lines.items():
         thinned = _thinned(points)
