@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -29,7 +30,7 @@ from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.host_memory import keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.side_by_side import prepare, share, side_by_side
-from ssr_fast.engine.trainer import Trainer, pick_device
+from ssr_fast.engine.trainer import Branch, Trainer, pick_device
 from ssr_fast.errors import UserError
 from ssr_fast.eval.protocols import Scores, score
 from ssr_fast.eval.run import evaluate_samples
@@ -66,7 +67,7 @@ class Session:
         if command:
             self._write_head(command)
             if self._in_processes():
-                prepare(_stage_process)  # while this process checks the data
+                prepare(_stages_process)  # while this process checks the data
         self.source, self.target, self.evaluation = self._indices()
         step = max(1, len(self.evaluation.samples) // max(1, config.run.samples))
         self.shown: list[Sample] = list(self.evaluation.samples[::step][: config.run.samples])
@@ -85,10 +86,11 @@ class Session:
         pending = [name for name in stages if STAGE_NAMES[name] not in finished]
         with StopSignal() as stop:
             if self._in_processes():
-                self._train_side_by_side(pending, len(stages), stop)
+                self._train_side_by_side(pending, stop)
             else:
-                for name in pending:
-                    self._finish_stage(self.train_stage(name, stop))
+                for name in itertools.chain(*self._chains()):
+                    if name in pending:
+                        self._finish_stage(self.train_stage(name, stop))
         if len(stages) > 1:
             for file in sorted((self.folder / "models" / STAGE_NAMES[stages[-1]]).iterdir()):
                 shutil.copyfile(file, self.folder / file.name)
@@ -100,16 +102,39 @@ class Session:
         """Whether each stage trains in a process of its own."""
         return self.device.type == "cpu" and len(self.config.stages()) > 1
 
-    def _train_side_by_side(self, pending: list[str], count: int, stop: StopSignal) -> None:
+    def _shared_steps(self) -> int:
+        """Number of first steps that source-only training has in common with self-training; they are trained once."""
+        run, stages = self.config.run, self.config.stages()
+        steps = self.config.self_training.supervised_steps()
+        return steps if {"supervised", "self_training"} <= set(stages) and 0 < steps < run.steps else 0
+
+    def _chains(self) -> list[list[str]]:
+        """The stages, those together that one process has to train in this order."""
+        stages = list(self.config.stages())
+        if not self._shared_steps():
+            return [[name] for name in stages]
+        others = [[name] for name in stages if name not in ("supervised", "self_training")]
+        return [["self_training", "supervised"], *others]
+
+    def _train_side_by_side(self, pending: list[str], stop: StopSignal) -> None:
         """The stages in processes of their own, the last one, which takes longest, first.
 
         The number of threads follows from all stages, so that a resumed run adds in the same order.
         """
-        at_once, threads = share(count)
-        print(f"{count} stages, {at_once} at a time with {threads} thread(s) each")
-        jobs = [(STAGE_NAMES[name], (self.config, self.preset, self.resume, name)) for name in reversed(pending)]
-        for _, row in side_by_side(_stage_process, jobs, at_once, threads, stop):
-            self._finish_stage(row)
+        chains = self._chains()
+        at_once, threads = share(len(chains))
+        print(f"{len(self.config.stages())} stages, {at_once} at a time with {threads} thread(s) each")
+        if self._shared_steps():
+            print(f"the first {self._shared_steps()} steps of source_only and self_training are the same: trained once")
+        left = [[name for name in chain if name in pending] for chain in reversed(chains)]
+        jobs = [
+            (" and ".join(STAGE_NAMES[name] for name in chain), (self.config, self.preset, self.resume, chain))
+            for chain in left
+            if chain
+        ]
+        for _, rows in side_by_side(_stages_process, jobs, at_once, threads, stop):
+            for row in rows:
+                self._finish_stage(row)
 
     def _finish_stage(self, row: dict[str, Any]) -> None:
         order = [STAGE_NAMES[name] for name in self.config.stages()]
@@ -127,7 +152,7 @@ class Session:
             Stopped, UserError: see `train`.
         """
         stage, several = STAGE_NAMES[name], len(self.config.stages()) > 1
-        config = self.config
+        config, shared = self.config, self._shared_steps()
         method = build_method(
             name,
             method=config.method,
@@ -140,24 +165,27 @@ class Session:
             seed=config.run.seed,
             device=self.device,
         )
-        checkpoints = self.folder / "checkpoints"
-        file = f"metrics-{stage}.jsonl" if several else "metrics.jsonl"
-        log = MetricLog(self.folder, stage, config.run.log_every, file=file)
+        store, log = self._records(stage)
+        branch = None
+        if shared and name == "self_training":
+            branch = Branch(shared, *self._records(STAGE_NAMES["supervised"]))
         trainer = Trainer(
             method,
             self._load,
             self._evaluate,
             run=config.run,
             optim=config.optim,
-            store=CheckpointStore(checkpoints / stage if several else checkpoints, config.run.keep),
+            store=store,
             log=log,
             stop=stop,
             config=self.resolved,
             device=self.device,
             console=self.console,
+            branch=branch,
         )
-        with contextlib.closing(log):
-            if not (self.resume and trainer.resume()):
+        continues = self.resume or (shared > 0 and name == "supervised")
+        with contextlib.closing(log), contextlib.closing(branch.log) if branch else contextlib.nullcontext():
+            if not (continues and trainer.resume()):
                 log.truncate(0)
             scores = trainer.fit()
         self._predict_samples(method.student, stage)
@@ -171,6 +199,14 @@ class Session:
             "seed": config.run.seed,
             "skipped_steps": int(trainer.guard.skipped),
         }
+
+    def _records(self, stage: str) -> tuple[CheckpointStore, MetricLog]:
+        """Where a stage's checkpoints and metrics go."""
+        several, run = len(self.config.stages()) > 1, self.config.run
+        checkpoints = self.folder / "checkpoints"
+        file = f"metrics-{stage}.jsonl" if several else "metrics.jsonl"
+        store = CheckpointStore(checkpoints / stage if several else checkpoints, run.keep)
+        return store, MetricLog(self.folder, stage, run.log_every, file=file)
 
     def _load(self, first: int, last: int) -> Iterator[Batch]:
         data = self.config.data
@@ -288,12 +324,12 @@ class Session:
         }
 
 
-def _stage_process(config: TrainConfig, preset: str, resume: bool, name: str) -> dict[str, Any]:
-    """What a process of a side-by-side run does: one stage, with plain lines instead of a bar."""
+def _stages_process(config: TrainConfig, preset: str, resume: bool, names: list[str]) -> list[dict[str, Any]]:
+    """What a process of a side-by-side run does: stages one after another, with plain lines instead of a bar."""
     with StopSignal() as stop:
         session = Session(config, preset, resume, [], report=lambda line: None)
         session.console = Console(force_terminal=False)
-        return session.train_stage(name, stop)
+        return [session.train_stage(name, stop) for name in names]
 
 
 def _protocol(evaluation: Index, preset: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +150,22 @@ class MetricLog:
         self._count = state["count"]
         self._names = None
         self.restart_clock()
+
+    def copy_to(self, other: "MetricLog", without: Collection[str]) -> None:
+        """Gives another stage's log this one's rows and unfinished window, less the metrics named in `without`.
+
+        Raises:
+            UserError: a row cannot be written.
+        """
+        other.truncate(0)
+        for row in map(_parse, self._path.read_bytes().splitlines() if self._path.exists() else ()):
+            if row is not None and row.get("stage") == self._stage:
+                kept = {name: value for name, value in row.items() if name not in without}
+                other._write(kept | {"stage": other._stage})
+        columns = [column for column, name in enumerate(self._means) if name not in without]
+        other._means = tuple(self._means[column] for column in columns)
+        other._sums = None if self._sums is None else self._sums[columns]
+        other._count = self._count
 
     def close(self) -> None:
         """Closes the files; a later row opens them again."""

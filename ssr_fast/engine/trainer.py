@@ -71,6 +71,16 @@ class Evaluation(Protocol):
     def per_class(self) -> dict[str, float]: ...
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A supervised stage whose first steps equal those of the stage in training, to be continued from there."""
+
+    step: int
+    """Number of the steps that both have."""
+    store: CheckpointStore
+    log: MetricLog
+
+
 class Stopped(Exception):
     """The run was asked to stop and has saved; args: the signal's name and the number of finished steps."""
 
@@ -95,6 +105,7 @@ class Trainer:
         stop: the flag that a signal sets.
         config: the run's resolved configuration, for the checkpoints' manifests.
         report, console: where one-line messages and the progress go.
+        branch: a supervised stage that is given its checkpoint and metrics on the way.
     """
 
     def __init__(
@@ -112,10 +123,11 @@ class Trainer:
         device: torch.device,
         report: Callable[[str], None] = print,
         console: Console | None = None,
+        branch: Branch | None = None,
     ) -> None:
         self.method, self.load, self.evaluate = method, load, evaluate
         self.run, self.optim, self.store, self.log, self.stop, self.config = run, optim, store, log, stop, config
-        self.device, self.report, self.console = device, report, console
+        self.device, self.report, self.console, self.branch = device, report, console, branch
         self.optimizer = build_optimizer(method.trainable(), optim)
         self.guard = StepGuard(self.optimizer, list(_statistics(method)), optim.clip_norm)
         self.done = 0
@@ -157,6 +169,8 @@ class Trainer:
                 last = self.done == self.run.steps
                 if last or self.done % self.run.evaluate_every == 0:
                     self._evaluate()
+                if self.branch is not None and self.done == self.branch.step:
+                    self._save_branch(self.branch)
                 if last or self.done % self.run.save_every == 0 or self.stop.requested:
                     self.save()
                 if self.stop.requested and not last:
@@ -182,6 +196,14 @@ class Trainer:
         """Write a checkpoint of the finished steps."""
         score = self.scores.miou if self.scores is not None else None
         self.store.save(self.done, self._state(), config=self.config, score=score)
+
+    def _save_branch(self, branch: Branch) -> None:
+        """The checkpoint and the metrics that the supervised method would have written itself by now."""
+        self.log.copy_to(branch.log, self.method.own_metrics)
+        state = self._state()
+        state["nets"] = {"student": state["nets"]["student"]}
+        state["log"] = branch.log.state_dict()
+        branch.store.save(self.done, state, config=self.config)
 
     def _evaluate(self) -> None:
         self.scores = self.evaluate(self.method.student)

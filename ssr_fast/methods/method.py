@@ -80,6 +80,8 @@ class Method(nn.Module):
     """
 
     stage_name = "source_only"
+    own_metrics: tuple[str, ...] = ()
+    """Names in `losses` that the supervised method does not have."""
     class_weight: Tensor
 
     def __init__(self, student: Segmentor, weights: Tensor, seed: int, rank: int = 0) -> None:

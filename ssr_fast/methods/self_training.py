@@ -44,6 +44,10 @@ class SelfTrainingConfig:
     blur_probability: float = 0.5
     """Probability of the Gaussian blur."""
 
+    def supervised_steps(self) -> int:
+        """Number of first steps in which self-training is the supervised method, bit for bit."""
+        return self.start_step if self.feature_distance == 0 else 0
+
     def problems(self, where: str) -> list[str]:
         """Sentences about illegal values; empty if all is well."""
         found = []
@@ -88,6 +92,7 @@ class SelfTraining(Method):
     """
 
     stage_name = "self_training"
+    own_metrics = ("loss/mixed", "confident")
     things: Tensor
 
     def __init__(

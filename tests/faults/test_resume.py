@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.trainer import Trainer
+from ssr_fast.session import Session
 from ssr_fast.train import main
 from tests.methods.run_support import TINY, start
 
@@ -33,12 +34,12 @@ def rows(folder, file="metrics.jsonl"):
     return kept
 
 
-def tensors(folder):
+def tensors(folder, checkpoints="checkpoints"):
     """All tensors of the newest checkpoint: student, teacher, regulariser, optimiser, window."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     target = folder / "flat.pt"
-    dcp_to_torch_save(str(CheckpointStore(folder / "checkpoints").latest()), str(target))
+    dcp_to_torch_save(str(CheckpointStore(folder / checkpoints).latest()), str(target))
     flat = {}
 
     def walk(prefix, value):
@@ -122,6 +123,41 @@ def test_kill_9_then_resume_is_bit_exact_too(tmp_path, monkeypatch):
     process.communicate(timeout=120)
     assert main(["--resume", str(parts)]) == 0
     assert rows(parts) == rows(whole)
+
+
+def test_source_only_that_shares_its_first_steps_equals_source_only_trained_alone(tmp_path, monkeypatch):
+    """With rows of the metrics before, across and after the branch, and stopped at random on either side of it."""
+    monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Session, "_in_processes", lambda self: False)
+    common = [*(option for option in TINY[:-1] if "start_step" not in option), "--run.evaluate_every=4"]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert main([*common, "--method.name=supervised", "--run.dir", str(alone)]) == 0
+
+    stops = [random.Random().randrange(0, 5), random.Random().randrange(5, 8)]
+    print("SIGTERM in the steps", stops)
+    train_step, trained = Trainer.train_step, []
+
+    def interrupted(self, batch, step):
+        trained.append((self.method.stage_name, step))
+        if step in stops:
+            stops.remove(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, batch, step)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    stages = ["--run.stages=[supervised,self_training]", "--self_training.start_step=5"]
+    code = main([*common, *stages, "--run.dir", str(both)])
+    while code == 3:
+        code = main(["--resume", str(both)])
+    assert code == 0 and not stops
+    assert trained == [("self_training", step) for step in range(8)] + [("source_only", step) for step in range(5, 8)]
+    assert rows(both, "metrics-source_only.jsonl") == rows(alone)
+    one, two = tensors(alone), tensors(both, "checkpoints/source_only")
+    assert one.keys() == two.keys() and [name for name in one if not torch.equal(one[name], two[name])] == []
+    shipped, again = load_file(alone / "model.safetensors"), load_file(both / "models/source_only/model.safetensors")
+    assert all(torch.equal(shipped[name], again[name]) for name in shipped)
+    names = [row["name"] for row in json.loads((both / "summary.json").read_text())["stages"]]
+    assert names == ["source_only", "self_training"]
 
 
 def stage_rows(folder):
