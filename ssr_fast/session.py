@@ -29,8 +29,8 @@ from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.host_memory import keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
-from ssr_fast.engine.side_by_side import prepare, share, side_by_side
-from ssr_fast.engine.trainer import Branch, Trainer, pick_device
+from ssr_fast.engine.side_by_side import beside, prepare, share, side_by_side
+from ssr_fast.engine.trainer import Branch, Stopped, Trainer, pick_device
 from ssr_fast.errors import UserError
 from ssr_fast.eval.protocols import Scores, score
 from ssr_fast.eval.run import evaluate_samples
@@ -99,8 +99,8 @@ class Session:
         return self.summary
 
     def _in_processes(self) -> bool:
-        """Whether each stage trains in a process of its own."""
-        return self.device.type == "cpu" and len(self.config.stages()) > 1
+        """Whether stages train at the same time, in several processes."""
+        return self.device.type == "cpu" and share(len(self._chains()))[0] > 1
 
     def _shared_steps(self) -> int:
         """Number of first steps that source-only training has in common with self-training; they are trained once."""
@@ -117,24 +117,36 @@ class Session:
         return [["self_training", "supervised"], *others]
 
     def _train_side_by_side(self, pending: list[str], stop: StopSignal) -> None:
-        """The stages in processes of their own, the last one, which takes longest, first.
+        """The last stage, which takes longest, in this process and the others beside it in processes of their own.
 
         The number of threads follows from all stages, so that a resumed run adds in the same order.
         """
-        chains = self._chains()
-        at_once, threads = share(len(chains))
+        at_once, threads = share(len(self._chains()))
         print(f"{len(self.config.stages())} stages, {at_once} at a time with {threads} thread(s) each")
         if self._shared_steps():
             print(f"the first {self._shared_steps()} steps of source_only and self_training are the same: trained once")
-        left = [[name for name in chain if name in pending] for chain in reversed(chains)]
+        chains = [[name for name in chain if name in pending] for chain in reversed(self._chains())]
         jobs = [
             (" and ".join(STAGE_NAMES[name] for name in chain), (self.config, self.preset, self.resume, chain))
-            for chain in left
+            for chain in chains
             if chain
         ]
-        for _, rows in side_by_side(_stages_process, jobs, at_once, threads, stop):
-            for row in rows:
-                self._finish_stage(row)
+        if not jobs:
+            return
+        name, (*_, own) = jobs.pop(0)
+        self.console = Console(force_terminal=False)  # lines, which several processes may print, instead of a bar
+
+        def train_own() -> list[dict[str, Any]]:
+            try:
+                return [self.train_stage(stage, stop) for stage in own]
+            except Stopped as stopped:
+                signal_name, step = stopped.args
+                raise Stopped(signal_name, f"{step} of {name}") from None
+
+        others = side_by_side(_stages_process, jobs, max(1, at_once - 1), threads, stop)
+        mine, theirs = beside(train_own, others, threads, stop)
+        for row in itertools.chain(mine, *(rows for _, rows in theirs)):
+            self._finish_stage(row)
 
     def _finish_stage(self, row: dict[str, Any]) -> None:
         order = [STAGE_NAMES[name] for name in self.config.stages()]

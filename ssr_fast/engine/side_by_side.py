@@ -4,6 +4,7 @@ A small network leaves most of a second thread idle, so two processes of one thr
 A stop is passed on to every process, and each saves; a process whose parent has died saves and stops by itself.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,21 +24,15 @@ from ssr_fast.engine.trainer import Stopped
 from ssr_fast.errors import UserError
 
 _POLL_S = 0.2
-_NICE = 5  # of the jobs that share what the first one leaves
+T = TypeVar("T")
+R = TypeVar("R")
 PRELOAD = ("ssr_fast.engine.dcp_files", "ssr_fast.models.sam_attention")
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def share(jobs: int) -> tuple[int, int]:
-    """(processes at once, threads of each) for a number of jobs on this machine.
-
-    Fewer jobs than twice the cores all start together: taken in turn, the last one would leave cores idle at the end.
-    """
-    cores = _cores()
-    at_once = max(1, jobs if jobs < 2 * cores else cores)
+    """(processes at once, threads of each) for a number of jobs on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = max(1, min(jobs, cores))
     return at_once, max(1, cores // at_once)
 
 
@@ -54,7 +49,7 @@ def side_by_side(
 
     Args:
         work: a module's function; its arguments and its result are pickled.
-        jobs: (name, arguments) of each, the longest first: where processes outnumber cores the first one has priority.
+        jobs: (name, arguments) of each; the longest first ends soonest.
         at_once: processes at once.
         threads: PyTorch's threads in each process.
         stop: when it is requested the processes are stopped too.
@@ -72,15 +67,13 @@ def side_by_side(
     stopped: dict[str, int] = {}
     failure: Exception | None = None
     asked: set[str] = set()
-    crowded = min(at_once, len(jobs)) * threads > _cores()
     try:
         while waiting or running:
             while waiting and len(running) < at_once and failure is None and not stop.requested:
                 name, arguments = waiting.pop(0)
-                nice = _NICE if crowded and name != jobs[0][0] else 0
                 ours, theirs = context.Pipe(duplex=False)
                 process: BaseProcess = context.Process(
-                    target=_child, args=(theirs, nice, threads, work, arguments), name=name
+                    target=_child, args=(theirs, threads, work, arguments), name=name
                 )
                 process.start()
                 theirs.close()
@@ -112,6 +105,49 @@ def side_by_side(
         raise Stopped(stop.requested or "SIGTERM", after)
 
 
+def beside(own: Callable[[], T], others: Iterator[R], threads: int, stop: StopSignal) -> tuple[T, list[R]]:
+    """Do a job in this process, with its share of the threads, while others run in processes of their own.
+
+    So the first job need not wait until another process has imported everything.
+
+    Args:
+        own: the job of this process; it watches `stop` too.
+        others: what `side_by_side` returned for the other jobs, with the same `stop`.
+        threads: PyTorch's threads in this process.
+        stop: when one side fails it is requested here, so that the other side saves and ends.
+
+    Returns:
+        what `own` returned, and what `others` yielded.
+
+    Raises:
+        Stopped: a stop was requested; every job has saved and ended.
+        Exception: what failed first.
+    """
+    results: list[R] = []
+    failures: list[BaseException] = []
+
+    def follow(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as failure:
+            failures.append(failure)
+            stop.requested = stop.requested or type(failure).__name__
+
+    torch.set_num_threads(threads)
+    thread = threading.Thread(target=follow, args=(lambda: results.extend(others),))
+    thread.start()
+    mine: list[T] = []
+    follow(lambda: mine.append(own()))
+    thread.join()
+    faults = [failure for failure in failures if not isinstance(failure, Stopped)]
+    if faults:
+        raise faults[0]
+    if failures:
+        signal_name = failures[0].args[0]
+        raise Stopped(signal_name, ", ".join(str(failure.args[1]) for failure in failures))
+    return mine[0], results
+
+
 def _outcome(ready: Connection, process: BaseProcess) -> tuple[str, Any]:
     """What a process sent before it ended: done: result, stopped: step, mistake: sentence, died: how."""
     try:
@@ -123,9 +159,9 @@ def _outcome(ready: Connection, process: BaseProcess) -> tuple[str, Any]:
     return outcome if outcome[0] != "died" else ("died", f"died with exit code {process.exitcode}")
 
 
-def _child(results: Connection, nice: int, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _child(results: Connection, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """The life of a process: signals that come before the work handles them end it; nothing is lost by then."""
-    os.nice(nice)
+    gc.freeze()  # a collection would copy every page that this process shares with the one it was forked from
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -168,7 +168,7 @@ def stage_rows(folder):
 def test_stages_side_by_side_stop_together_and_resume_bit_exact(tmp_path, monkeypatch):
     monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    stages = [*TINY[:-1], "--run.stages=[supervised,self_training]"]
+    stages = [*TINY[:-1], "--run.stages=[supervised,self_training,ssr]"]
     assert main([*stages, "--run.dir", str(whole)]) == 0
 
     process = start(*stages, "--run.dir", str(parts), cwd=tmp_path)
@@ -182,12 +182,12 @@ def test_stages_side_by_side_stop_together_and_resume_bit_exact(tmp_path, monkey
     assert "SIGTERM" in err and "--resume" in err and "Traceback" not in err
     assert main(["--resume", str(parts)]) == 0
 
-    assert set(stage_rows(whole)) == {"metrics-source_only.jsonl", "metrics-self_training.jsonl"}
+    assert set(stage_rows(whole)) == {f"metrics-{name}.jsonl" for name in ("source_only", "self_training", "ssr")}
     assert stage_rows(parts) == stage_rows(whole)
     for name in ("models/source_only/model.safetensors", "model.safetensors"):
         one, two = load_file(whole / name), load_file(parts / name)
         assert all(torch.equal(one[key], two[key]) for key in one)
-    shipped, last = load_file(whole / "model.safetensors"), load_file(whole / "models/self_training/model.safetensors")
+    shipped, last = load_file(whole / "model.safetensors"), load_file(whole / "models/ssr/model.safetensors")
     assert all(torch.equal(shipped[key], last[key]) for key in last)
     names = [row["name"] for row in json.loads((parts / "summary.json").read_text())["stages"]]
-    assert names == ["source_only", "self_training"]
+    assert names == ["source_only", "self_training", "ssr"]
