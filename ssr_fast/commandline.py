@@ -35,7 +35,6 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
 
     A UserError's lines go to stderr as `error: <line>`, without a traceback; so does a full or read-only disk.
     """
-    gc.freeze()  # what has been imported stays to the end: no collection need search it again
     try:
         code = main(sys.argv[1:])
     except UserError as error:

@@ -24,13 +24,14 @@ from ssr_fast.data.layouts import read_image
 from ssr_fast.data.plan import Plan
 from ssr_fast.data.scenes import write_scenes
 from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
+from ssr_fast.engine import fork_server
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.host_memory import keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
-from ssr_fast.engine.side_by_side import beside, prepare, share, side_by_side
-from ssr_fast.engine.trainer import Branch, Stopped, Trainer, pick_device
+from ssr_fast.engine.side_by_side import share, side_by_side
+from ssr_fast.engine.trainer import Branch, Trainer, pick_device
 from ssr_fast.errors import UserError
 from ssr_fast.eval.protocols import Scores, score
 from ssr_fast.eval.run import evaluate_samples
@@ -67,7 +68,7 @@ class Session:
         if command:
             self._write_head(command)
             if self._in_processes():
-                prepare(_stages_process)  # while this process checks the data
+                fork_server.start(__name__)  # while this process checks the data
         self.source, self.target, self.evaluation = self._indices()
         step = max(1, len(self.evaluation.samples) // max(1, config.run.samples))
         self.shown: list[Sample] = list(self.evaluation.samples[::step][: config.run.samples])
@@ -99,7 +100,7 @@ class Session:
         return self.summary
 
     def _in_processes(self) -> bool:
-        """Whether stages train at the same time, in several processes."""
+        """Whether stages train at the same time, each in a process of its own."""
         return self.device.type == "cpu" and share(len(self._chains()))[0] > 1
 
     def _shared_steps(self) -> int:
@@ -117,36 +118,24 @@ class Session:
         return [["self_training", "supervised"], *others]
 
     def _train_side_by_side(self, pending: list[str], stop: StopSignal) -> None:
-        """The last stage, which takes longest, in this process and the others beside it in processes of their own.
+        """The stages in processes of their own, the last one, which takes longest, first.
 
         The number of threads follows from all stages, so that a resumed run adds in the same order.
         """
-        at_once, threads = share(len(self._chains()))
+        chains = self._chains()
+        at_once, threads = share(len(chains))
         print(f"{len(self.config.stages())} stages, {at_once} at a time with {threads} thread(s) each")
         if self._shared_steps():
             print(f"the first {self._shared_steps()} steps of source_only and self_training are the same: trained once")
-        chains = [[name for name in chain if name in pending] for chain in reversed(self._chains())]
+        left = [[name for name in chain if name in pending] for chain in reversed(chains)]
         jobs = [
             (" and ".join(STAGE_NAMES[name] for name in chain), (self.config, self.preset, self.resume, chain))
-            for chain in chains
+            for chain in left
             if chain
         ]
-        if not jobs:
-            return
-        name, (*_, own) = jobs.pop(0)
-        self.console = Console(force_terminal=False)  # lines, which several processes may print, instead of a bar
-
-        def train_own() -> list[dict[str, Any]]:
-            try:
-                return [self.train_stage(stage, stop) for stage in own]
-            except Stopped as stopped:
-                signal_name, step = stopped.args
-                raise Stopped(signal_name, f"{step} of {name}") from None
-
-        others = side_by_side(_stages_process, jobs, max(1, at_once - 1), threads, stop)
-        mine, theirs = beside(train_own, others, threads, stop)
-        for row in itertools.chain(mine, *(rows for _, rows in theirs)):
-            self._finish_stage(row)
+        for _, rows in side_by_side(_stages_process, jobs, at_once, threads, stop):
+            for row in rows:
+                self._finish_stage(row)
 
     def _finish_stage(self, row: dict[str, Any]) -> None:
         order = [STAGE_NAMES[name] for name in self.config.stages()]

@@ -1,125 +1,33 @@
 """Train: `python -m ssr_fast.train [PRESET] [--config FILE.yaml] [--section.option value] [--resume [DIR]]`."""
 
-import difflib
-import json
 import sys
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from ssr_fast.commandline import DONE, STOPPED, run
+from ssr_fast.engine import fork_server
 
-from ssr_fast.commandline import DONE, STOPPED, command_parser, parse, raise_problems, run
-from ssr_fast.config import TrainConfig, problems
-from ssr_fast.engine.trainer import Stopped
-from ssr_fast.errors import UserError
-from ssr_fast.presets import PRESETS
-from ssr_fast.session import Session
-
-RUNS = Path("runs")
+COMPARISONS = ("demo", "camvid-day-dusk")
+"""Presets with several stages; known here so that nothing slow need be imported to ask."""
+_GPU = Path("/dev/nvidiactl")
 
 
-def build_parser(defaults: TrainConfig) -> ArgumentParser:
-    """The command line, with a preset's values as defaults."""
-    parser = command_parser(
-        "ssr_fast.train [PRESET]", f"Adapt a segmentation network. Presets: {', '.join(PRESETS)}; none: demo."
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with options; later ones win")
-    parser.add_argument(
-        "--resume", nargs="?", const="", default=None, type=str, help="continue a run directory (default: the newest)"
-    )
-    for section in fields(TrainConfig):
-        parser.add_argument(f"--{section.name}", type=section.type, default=getattr(defaults, section.name))
-    return parser
-
-
-def split_preset(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The preset, if the first argument is one, and the other arguments.
-
-    Raises:
-        UserError: a first argument that is no preset.
-    """
-    if not argv or argv[0].startswith("-"):
-        return None, argv
-    if argv[0] not in PRESETS:
-        close = difflib.get_close_matches(argv[0], PRESETS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(PRESETS)}"
-        raise UserError(f"unknown preset {argv[0]}: {hint}")
-    return argv[0], argv[1:]
-
-
-def configure(argv: list[str]) -> tuple[TrainConfig, str, bool]:
-    """The configuration, the preset's name and whether to resume.
-
-    Raises:
-        UserError: everything that is wrong with the options, one line each.
-    """
-    preset, rest = split_preset(argv)
-    parser = build_parser(PRESETS[preset or "demo"]())
-    options = parse(parser, rest)
-    resume = options.resume is not None
-    if resume:
-        folder = _run_to_resume(options)
-        preset = preset or _preset_of(folder)
-        parser = build_parser(PRESETS[preset]())
-        options = parse(parser, ["--config", str(folder / "config.yaml"), *rest, "--run.dir", str(folder)])
-    preset = preset or "demo"
-    built = parser.instantiate(options)
-    config = TrainConfig(**{section.name: built[section.name] for section in fields(TrainConfig)})
-    explicit = frozenset(word[2:].partition("=")[0] for word in rest if word.startswith("--"))
-    if "method.name" in explicit and "run.stages" not in explicit:
-        config.run.stages = None  # a method that is asked for by name replaces a preset's comparison
-    _follow_roots(config)
-    raise_problems(problems(config, explicit))
-    if not config.run.dir:
-        config.run.dir = str(_fresh_folder(preset))
-    elif not resume and (Path(config.run.dir) / "config.yaml").exists():
-        raise UserError(
-            f"--run.dir {config.run.dir} already holds a run: add --resume to continue it, or give another folder"
-        )
-    return config, preset, resume
-
-
-def _run_to_resume(options: Namespace) -> Path:
-    """The run directory that `--resume [DIR]` means: DIR, else --run.dir, else the newest below runs/."""
-    if options.resume or options.run.dir:
-        folder = Path(options.resume or options.run.dir)
-    else:
-        runs = sorted(RUNS.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            raise UserError(f"--resume finds no run below {RUNS}/: give its folder, --resume DIR")
-        folder = runs[-1].parent
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"--resume {folder} is no run directory: it has no config.yaml")
-    return folder
-
-
-def _preset_of(folder: Path) -> str:
-    try:
-        name = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["preset"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--resume {folder}: environment.json does not name the preset; give it first") from error
-    return name if name in PRESETS else "folder"
-
-
-def _fresh_folder(preset: str) -> Path:
-    """runs/<preset>, or the first of runs/<preset>-2, -3, ... that does not exist."""
-    folder, number = RUNS / preset, 2
-    while folder.exists():
-        folder, number = RUNS / f"{preset}-{number}", number + 1
-    return folder
-
-
-def _follow_roots(config: TrainConfig) -> None:
-    """A root that is not given is that of the domain before it, where both are parts of one data set."""
-    data = config.data
-    for before, domain in ((data.source, data.target), (data.target, data.evaluation)):
-        same_set = domain.layout == before.layout and domain.classes == before.classes
-        if not domain.root and same_set and (domain.split, domain.condition) != (before.split, before.condition):
-            domain.root = before.root
+def several_processes_likely(argv: Sequence[str]) -> bool:
+    """Whether these arguments will probably train stages side by side: a guess, made before PyTorch is imported."""
+    options = {word.partition("=")[0] for word in argv if word.startswith("-")}
+    if options & {"--help", "-h", "--print_config", "--config", "--run.device"} or _GPU.exists():
+        return False
+    preset = argv[0] if argv and not argv[0].startswith("-") else "demo"
+    return "--run.stages" in options or (preset in COMPARISONS and "--method.name" not in options)
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
+    # PyTorch takes seconds to import, which a process that has been started before this line does at the same time
+    from ssr_fast.arguments import configure
+    from ssr_fast.engine.trainer import Stopped
+    from ssr_fast.session import Session
+
     config, preset, resume = configure(argv)
     session = Session(config, preset, resume, ["python", "-m", "ssr_fast.train", *argv])
     print(f"{preset}: {', '.join(config.stages())} on {session.device}, writing {session.folder}")
@@ -136,4 +44,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if several_processes_likely(sys.argv[1:]):
+        fork_server.start("ssr_fast.session")
     run(main)

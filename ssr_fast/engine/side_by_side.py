@@ -4,9 +4,7 @@ A small network leaves most of a second thread idle, so two processes of one thr
 A stop is passed on to every process, and each saves; a process whose parent has died saves and stops by itself.
 """
 
-import gc
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -15,18 +13,16 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
+from ssr_fast.engine import fork_server
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.trainer import Stopped
 from ssr_fast.errors import UserError
 
 _POLL_S = 0.2
-T = TypeVar("T")
-R = TypeVar("R")
-PRELOAD = ("ssr_fast.engine.dcp_files", "ssr_fast.models.sam_attention")
 
 
 def share(jobs: int) -> tuple[int, int]:
@@ -34,12 +30,6 @@ def share(jobs: int) -> tuple[int, int]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = max(1, min(jobs, cores))
     return at_once, max(1, cores // at_once)
-
-
-def prepare(work: Callable[..., Any]) -> None:
-    """Start the process that the jobs of `side_by_side(work, ...)` are forked from; it imports in the background."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload([work.__module__, *PRELOAD])
-    multiprocessing.forkserver.ensure_running()
 
 
 def side_by_side(
@@ -59,8 +49,7 @@ def side_by_side(
         UserError: the first job that reports one; the others have been stopped.
         RuntimeError: a process died or raised something else (its traceback is on the standard error).
     """
-    # one process imports everything once, before it has any threads, and the others are forked from it
-    prepare(work)
+    fork_server.start(work.__module__)
     context = multiprocessing.get_context("forkserver")
     waiting = list(jobs)
     running: dict[Connection, tuple[str, BaseProcess]] = {}
@@ -105,49 +94,6 @@ def side_by_side(
         raise Stopped(stop.requested or "SIGTERM", after)
 
 
-def beside(own: Callable[[], T], others: Iterator[R], threads: int, stop: StopSignal) -> tuple[T, list[R]]:
-    """Do a job in this process, with its share of the threads, while others run in processes of their own.
-
-    So the first job need not wait until another process has imported everything.
-
-    Args:
-        own: the job of this process; it watches `stop` too.
-        others: what `side_by_side` returned for the other jobs, with the same `stop`.
-        threads: PyTorch's threads in this process.
-        stop: when one side fails it is requested here, so that the other side saves and ends.
-
-    Returns:
-        what `own` returned, and what `others` yielded.
-
-    Raises:
-        Stopped: a stop was requested; every job has saved and ended.
-        Exception: what failed first.
-    """
-    results: list[R] = []
-    failures: list[BaseException] = []
-
-    def follow(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as failure:
-            failures.append(failure)
-            stop.requested = stop.requested or type(failure).__name__
-
-    torch.set_num_threads(threads)
-    thread = threading.Thread(target=follow, args=(lambda: results.extend(others),))
-    thread.start()
-    mine: list[T] = []
-    follow(lambda: mine.append(own()))
-    thread.join()
-    faults = [failure for failure in failures if not isinstance(failure, Stopped)]
-    if faults:
-        raise faults[0]
-    if failures:
-        signal_name = failures[0].args[0]
-        raise Stopped(signal_name, ", ".join(str(failure.args[1]) for failure in failures))
-    return mine[0], results
-
-
 def _outcome(ready: Connection, process: BaseProcess) -> tuple[str, Any]:
     """What a process sent before it ended: done: result, stopped: step, mistake: sentence, died: how."""
     try:
@@ -161,7 +107,6 @@ def _outcome(ready: Connection, process: BaseProcess) -> tuple[str, Any]:
 
 def _child(results: Connection, threads: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """The life of a process: signals that come before the work handles them end it; nothing is lost by then."""
-    gc.freeze()  # a collection would copy every page that this process shares with the one it was forked from
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -22,6 +22,7 @@ FLOORS = (
     ("presets",),
     ("options",),
     ("session", "shipped", "commandline"),
+    ("arguments",),
     ("train", "evaluate", "predict", "prepare", "export", "info"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

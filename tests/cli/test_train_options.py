@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ import yaml
 from PIL import Image
 
 import ssr_fast
+from ssr_fast import train
+from ssr_fast.arguments import configure
 from ssr_fast.config import TrainConfig, problems
 from ssr_fast.errors import UserError
 from ssr_fast.presets import PRESETS
-from ssr_fast.train import configure, main
+from ssr_fast.train import main
 from tests.methods.run_support import TINY, start
 
 
@@ -51,6 +55,32 @@ def test_every_config_field_is_read_somewhere():
     names = list(walk(TrainConfig))
     assert len(names) > 50
     assert [name for name in names if name.split(".")[-1] not in read] == []
+
+
+def test_the_guess_that_stages_will_train_side_by_side(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "_GPU", tmp_path / "none")
+    for preset, build in PRESETS.items():
+        assert train.several_processes_likely([preset]) == (len(build().stages()) > 1), preset
+    for text, likely in {
+        "": True,
+        "--resume": True,
+        "--run.steps 4": True,
+        "folder --run.stages=[supervised,ssr]": True,
+        "--method.name=ssr": False,
+        "--method.name ssr --run.stages [supervised,ssr]": True,
+        "demo --run.device=cuda": False,
+        "--help": False,
+        "--print_config": False,
+    }.items():
+        assert train.several_processes_likely(text.split()) == likely, text
+    monkeypatch.setattr(train, "_GPU", tmp_path)
+    assert not train.several_processes_likely(["demo"])
+
+
+def test_what_is_imported_before_the_fork_server_starts_is_quick_to_import():
+    code = "import sys, ssr_fast.train; print([name for name in ('torch', 'numpy', 'rich') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -5,15 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from ssr_fast.engine.guard import StopSignal
-from ssr_fast.engine.side_by_side import beside, share, side_by_side
+from ssr_fast.engine.side_by_side import share, side_by_side
 from ssr_fast.engine.trainer import Stopped
 from ssr_fast.errors import UserError
 
@@ -93,53 +91,3 @@ def test_share() -> None:
     assert share(1) == (1, cores)
     assert share(1000) == (cores, 1)
     assert share(2) == (min(2, cores), max(1, cores // 2))
-
-
-def beside_run(folder: Path, kind: str, own: Callable[[StopSignal], str]) -> tuple[str, list[tuple[str, Any]]]:
-    before = torch.get_num_threads()
-    try:
-        with StopSignal() as stop:
-            others = side_by_side(job, [(kind, (kind, str(folder)))], 1, 1, stop)
-            return beside(lambda: own(stop), others, 1, stop)
-    finally:
-        torch.set_num_threads(before)
-
-
-def until_stopped(stop: StopSignal) -> str:
-    """Works, like a trainer, until it is asked to stop."""
-    deadline = time.monotonic() + 120
-    while stop.requested is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    raise Stopped(stop.requested, "5 of own")
-
-
-def test_a_job_here_and_one_beside_it_both_give_their_results(tmp_path: Path) -> None:
-    assert beside_run(tmp_path, "a", lambda stop: "mine") == ("mine", [("a", ("a", 1))])
-
-
-def test_a_signal_stops_the_job_here_and_the_one_beside_it(tmp_path: Path) -> None:
-    def own(stop: StopSignal) -> str:
-        _wait_for(tmp_path / "patient.started")
-        os.kill(os.getpid(), signal.SIGTERM)
-        return until_stopped(stop)
-
-    with pytest.raises(Stopped) as caught:
-        beside_run(tmp_path, "patient", own)
-    assert caught.value.args == ("SIGTERM", "5 of own, 7 of patient")
-    assert (tmp_path / "patient.saved").exists()
-
-
-def test_a_failure_beside_stops_the_job_here(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--data.root /x is missing"):
-        beside_run(tmp_path, "mistake", until_stopped)
-
-
-def test_a_failure_here_stops_the_job_beside(tmp_path: Path) -> None:
-    def own(stop: StopSignal) -> str:
-        _wait_for(tmp_path / "patient.started")
-        raise ZeroDivisionError("a fault of ours")
-
-    with pytest.raises(ZeroDivisionError):
-        beside_run(tmp_path, "patient", own)
-    assert (tmp_path / "patient.saved").exists()
