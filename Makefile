@@ -28,9 +28,10 @@ lint: $(STAMP)
 # uv installs several times faster than pip; where it cannot be had or cannot reach the index, pip does it
 $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --disable-pip-version-check -q uv && $(PY) -m uv pip install --compile-bytecode --python $(PY) $(PACKAGES) \
+	@$(PY) -m pip install --disable-pip-version-check -q uv && $(PY) -m uv pip install --python $(PY) $(PACKAGES) \
 	  || $(PY) -m pip install --disable-pip-version-check $(PACKAGES)
 	@$(PY) -m ssr_kernels.library
+	@$(PY) -m ssr_fast.train --print_config > /dev/null  # compiles what it imports, so that the first run need not
 	@touch $@
 
 gpu:
