@@ -26,6 +26,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Drawing it takes longer than these trainings, and it has tests of its own."""
+    monkeypatch.setattr("ssr_fast.session.write_report", lambda folder: None)
+
+
 def rows(folder, file="metrics.jsonl"):
     kept = []
     for line in (folder / file).read_text().splitlines():
