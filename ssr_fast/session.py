@@ -85,6 +85,8 @@ class Session:
         stages = self.config.stages()
         finished = [row["name"] for row in self.summary["stages"]]
         pending = [name for name in stages if STAGE_NAMES[name] not in finished]
+        if self._shared_steps():
+            print(f"the first {self._shared_steps()} steps of source_only and self_training are the same: trained once")
         with StopSignal() as stop:
             if self._in_processes():
                 self._train_side_by_side(pending, stop)
@@ -125,8 +127,6 @@ class Session:
         chains = self._chains()
         at_once, threads = share(len(chains))
         print(f"{len(self.config.stages())} stages, {at_once} at a time with {threads} thread(s) each")
-        if self._shared_steps():
-            print(f"the first {self._shared_steps()} steps of source_only and self_training are the same: trained once")
         left = [[name for name in chain if name in pending] for chain in reversed(chains)]
         jobs = [
             (" and ".join(STAGE_NAMES[name] for name in chain), (self.config, self.preset, self.resume, chain))

@@ -80,7 +80,7 @@ def _header(data: RunData) -> str:
     kicker = "ssr_fast report" + (f" · preset {escape(data.preset)}" if data.preset else "")
     seconds = [stage.seconds for stage in data.stages if math.isfinite(stage.seconds)]
     facts = {
-        "training time": sections.duration(sum(seconds)) if seconds else "",
+        "training time of all stages": sections.duration(sum(seconds)) if seconds else "",
         "device": _text(data.environment.get("device")),
         "classes": str(len(data.classes) or ""),
         "protocol": data.protocol if data.protocol != "generic" else "",
