@@ -191,8 +191,9 @@ for step in range(1, 10000):
 def test_a_process_killed_from_outside_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     for pause in (0.0, 0.004, 0.011):
+        folder = tmp_path / str(pause)
         with subprocess.Popen(
-            [sys.executable, "-c", _SAVER, str(tmp_path)],
+            [sys.executable, "-c", _SAVER, str(folder)],
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"},
         ) as process:
@@ -201,7 +202,7 @@ def test_a_process_killed_from_outside_leaves_a_whole_checkpoint(tmp_path: Path)
             time.sleep(pause)
             process.kill()
         told: list[str] = []
-        store = CheckpointStore(tmp_path, 2, report=told.append)
+        store = CheckpointStore(folder, 2, report=told.append)
         path = store.latest()
         assert path is not None and told == [] and int(path.name[5:]) >= done
         state: dict[str, Any] = {"x": torch.zeros(300_000), "step": 0}
