@@ -84,6 +84,11 @@ def _contradictions(config: TrainConfig, stages: tuple[str, ...]) -> list[str]:
             f"--self_training.start_step {config.self_training.start_step} is not below --run.steps "
             f"{config.run.steps}: pseudo-labels would never be used"
         )
+    if "ssr" in stages and config.sam.features == "cached_views" and config.ssr.domains == "mixed":
+        found.append(
+            "--sam.features cached_views keeps features of source images and --ssr.domains mixed uses none: "
+            "give --sam.features online"
+        )
     if config.optim.warmup_steps >= config.run.steps:
         found.append(
             f"--optim.warmup_steps {config.optim.warmup_steps} is not below --run.steps {config.run.steps}: "

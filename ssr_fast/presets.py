@@ -39,7 +39,7 @@ def demo() -> TrainConfig:
             start_step=75, momentum=0.95, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, feature_distance=0.0
         ),
         ssr=SsrConfig(points=("fused",), weight=6.0),
-        sam=SamConfig(encoder="small", standardise=True),
+        sam=SamConfig(encoder="small", standardise=True, features="cached_views"),
         optim=OptimConfig(lr=7e-3, head_lr_factor=1.0, warmup_steps=10, clip_norm=1.0),
     )
 

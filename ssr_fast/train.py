@@ -1,5 +1,6 @@
 """Train: `python -m ssr_fast.train [PRESET] [--config FILE.yaml] [--section.option value] [--resume [DIR]]`."""
 
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +24,15 @@ def several_processes_likely(argv: Sequence[str]) -> bool:
 
 def main(argv: list[str]) -> int:
     """Run the command line; the exit code."""
-    # PyTorch takes seconds to import, which a process that has been started before this line does at the same time
+    # PyTorch takes seconds to import, which a process that has been started before this line does at the same time;
+    # a quarter of them would be searches for garbage among objects that stay
+    gc.disable()
     from ssr_fast.arguments import configure
     from ssr_fast.engine.trainer import Stopped
     from ssr_fast.session import Session
 
+    gc.freeze()
+    gc.enable()
     config, preset, resume = configure(argv)
     session = Session(config, preset, resume, ["python", "-m", "ssr_fast.train", *argv])
     print(f"{preset}: {', '.join(config.stages())} on {session.device}, writing {session.folder}")

@@ -5,8 +5,8 @@ B batch, H W pixels of the crop.
 
 import random
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -78,22 +78,26 @@ class Batch:
         source_label: uint8 [B, H, W], 255 ignored.
         target_image: uint8 [B, H, W, 3] RGB.
         target_valid: bool [B, H, W], False where the crop lies outside the image.
+        source_features: float32 [B, D, h, w], the frozen encoder's of the source images where a method keeps them.
     """
 
     source_image: Tensor
     source_label: Tensor
     target_image: Tensor
     target_valid: Tensor
+    source_features: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device, without waiting for the copies."""
-        parts = (self.source_image, self.source_label, self.target_image, self.target_valid)
-        return Batch(*(part.to(device, non_blocking=True) for part in parts))
+        return self._each(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader: page-locked copies make `to` asynchronous."""
-        parts = (self.source_image, self.source_label, self.target_image, self.target_valid)
-        return Batch(*(part.pin_memory() for part in parts))
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
 
 
 class StepDataset(Dataset[Batch]):

@@ -158,7 +158,7 @@ class Trainer:
         started = time.perf_counter() - self.seconds
         with Progress(self.run.steps, self.method.stage_name, self.done, self.console) as progress:
             for step, batch in enumerate(self.load(self.done, self.run.steps), self.done):
-                terms = self.train_step(batch.to(self.device), step)
+                terms = self.train_step(self.method.prepare(batch).to(self.device), step)
                 self.done = step + 1
                 images = 2 * batch.source_image.shape[0]
                 row = self.log.add(self.done, {**terms, "lr": self.rate, "images": images})

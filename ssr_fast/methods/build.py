@@ -10,6 +10,7 @@ from ssr_fast.errors import UserError
 from ssr_fast.methods.method import Method, MethodConfig, class_weights
 from ssr_fast.methods.self_training import SelfTraining, SelfTrainingConfig
 from ssr_fast.methods.ssr import Ssr, SsrConfig
+from ssr_fast.models.feature_cache import ViewCache
 from ssr_fast.models.sam import SamConfig, build_sam
 from ssr_fast.models.segmentor import ModelConfig, build_segmentor
 from ssr_fast.models.weights import load_backbone
@@ -53,5 +54,8 @@ def build_method(
         built: Method = SelfTraining(student, weights, seed, self_training, classes.count, classes.things, reference)
     else:
         encoder = build_sam(sam)
-        built = Ssr(student, weights, seed, self_training, classes.count, ssr, encoder, classes.things, reference)
+        views = ViewCache(encoder) if sam.features == "cached_views" else None
+        built = Ssr(
+            student, weights, seed, self_training, classes.count, ssr, encoder, views, classes.things, reference
+        )
     return built.to(device).train()

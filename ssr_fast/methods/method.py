@@ -97,6 +97,10 @@ class Method(nn.Module):
         """Modules whose state a checkpoint must hold."""
         return {"student": self.student}
 
+    def prepare(self, batch: Batch) -> Batch:
+        """What a batch still needs before its step, on the host: may read it, unlike the step itself."""
+        return batch
+
     def begin(self, step: int) -> Tensor:
         """Prepare step (counted from 0): the key of its random numbers, handed to the student's stochastic layers."""
         key = step_key(self.seed, step, self.rank, self.class_weight.device)

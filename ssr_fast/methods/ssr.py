@@ -3,6 +3,7 @@
 B batch, H W pixels, h w feature pixels, D encoder channels.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ssr_fast.data.torch_loader import Batch
 from ssr_fast.methods.regularisers import POINTS, CosineAlignment, Injection, seeded
 from ssr_fast.methods.self_training import Mixed, SelfTraining, SelfTrainingConfig
+from ssr_fast.models.feature_cache import ViewCache
 from ssr_fast.models.sam import FrozenEncoder
 from ssr_fast.models.segmentor import Segmentor, SegmentorOutput
 
@@ -66,6 +68,7 @@ class Ssr(SelfTraining):
         student, weights, seed, config, class_count, things, reference, rank: see SelfTraining.
         ssr: the regulariser's options.
         encoder: the frozen encoder.
+        views: keeps its features of the source images; None encodes them in every step.
     """
 
     stage_name = "ssr"
@@ -79,12 +82,13 @@ class Ssr(SelfTraining):
         class_count: int,
         ssr: SsrConfig,
         encoder: FrozenEncoder,
+        views: ViewCache | None = None,
         things: tuple[int, ...] = (),
         reference: nn.Module | None = None,
         rank: int = 0,
     ) -> None:
         super().__init__(student, weights, seed, config, class_count, things, reference, rank)
-        self.ssr, self.encoder = ssr, encoder
+        self.ssr, self.encoder, self.views = ssr, encoder, views
         points = ssr.chosen_points()
         dims, heads = student.backbone.shape.dims, student.backbone.shape.heads
         if ssr.regulariser == "cosine":
@@ -110,19 +114,32 @@ class Ssr(SelfTraining):
         """Names of the loss terms in the log."""
         return [*super().term_names(), f"loss/{self.ssr.regulariser}"]
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Adds the kept features of the source images, where features are kept."""
+        if self.views is None:
+            return batch
+        return dataclasses.replace(batch, source_features=self.views(batch.source_image))
+
     def regularise(
         self, batch: Batch, source: Tensor, mixed: Mixed | None, output: SegmentorOutput, adapting: bool
     ) -> dict[str, Tensor]:
         """The weighted regulariser on the chosen half of the batch."""
         count = source.shape[0]
         keep = {"source": slice(0, count), "mixed": slice(count, None), "both": slice(None)}[self.ssr.domains]
-        images = source if mixed is None else torch.cat([source, mixed.image])
-        target = self.encoder(images[keep])  # [B, hs, ws, D]
+        target = self._target(batch, source, mixed, keep)  # [B, hs, ws, D]
         if isinstance(self.regulariser, CosineAlignment):
             loss = self.regulariser(output, keep, target)
         else:
             loss = self._injected(batch, mixed, output, keep, target, adapting)
         return {f"loss/{self.ssr.regulariser}": self.ssr.weight * loss}
+
+    def _target(self, batch: Batch, source: Tensor, mixed: Mixed | None, keep: slice) -> Tensor:
+        """The encoder's features [B, hs, ws, D] of the chosen half or halves."""
+        if batch.source_features is None:
+            return self.encoder((source if mixed is None else torch.cat([source, mixed.image]))[keep])
+        if mixed is None or self.ssr.domains == "source":
+            return self.encoder.finish(batch.source_features)
+        return self.encoder.finish(torch.cat([batch.source_features, self.encoder.encode(mixed.image)]))
 
     def _injected(
         self, batch: Batch, mixed: Mixed | None, output: SegmentorOutput, keep: slice, target: Tensor, adapting: bool

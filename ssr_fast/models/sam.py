@@ -67,6 +67,9 @@ class SamConfig:
     SAM's encoders take 1024 x 1024, the small one takes images of any size."""
     standardise: bool = False
     """Give each feature channel zero mean and unit variance over the batch before the alignment."""
+    features: str = "online"
+    """online: every image is encoded in every step. cached_views: a source view and its mirror image are encoded when
+    they first come and kept in memory, for a few hundred images whose crops repeat; mixed images stay online."""
 
     def problems(self, where: str) -> list[str]:
         """Sentences about illegal values; empty if all is well."""
@@ -82,6 +85,8 @@ class SamConfig:
             )
         if self.checkpoint and not self.encoder.startswith("vit_"):
             found.append(f"--{where}.checkpoint has no effect with --{where}.encoder {self.encoder}: leave one out")
+        if self.features not in ("online", "cached_views"):
+            found.append(f"--{where}.features must be online or cached_views (it is {self.features})")
         if self.input_size is not None and self.input_size < 32:
             found.append(f"--{where}.input_size must be at least 32 (it is {self.input_size})")
         if self.input_size is not None and ":" not in self.encoder:
@@ -133,9 +138,21 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W], normalised -> features [B, h, w, D] (channels last)."""
+        return self.finish(self.encode(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W], normalised -> the encoder's own output [B, D, h, w], each image by itself."""
+        images = images.contiguous()  # one layout, so that an image's features do not depend on where it comes from
         if self.size is not None and images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", align_corners=False)
-        features = self.encoder(images).permute(0, 2, 3, 1)  # [B, h, w, D]
+        features: Tensor = self.encoder(images)
+        return features
+
+    @torch.no_grad()
+    def finish(self, features: Tensor) -> Tensor:
+        """The encoder's output [B, D, h, w] of a whole batch -> what is aligned to, [B, h, w, D]."""
+        features = features.permute(0, 2, 3, 1)
         if self.standardise:
             std, mean = torch.std_mean(features, dim=(0, 1, 2), keepdim=True, correction=0)
             features = (features - mean) / (std + 1e-6)

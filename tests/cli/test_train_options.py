@@ -136,6 +136,8 @@ def test_all_errors_at_once():
         (["--self_training.feature_distance", "0.005"], ["--self_training.feature_distance", "--model.weights"]),
         (["--sam.encoder", "vit_b"], ["--sam.checkpoint is missing"]),
         (["--sam.checkpoint", "x.pth"], ["--sam.checkpoint", "no effect", "small"]),
+        (["--sam.features", "cached"], ["--sam.features", "cached_views", "it is cached"]),
+        (["--ssr.domains", "mixed"], ["--sam.features", "--ssr.domains mixed", "online"]),
         (["gta5-cityscapes", "--method.name", "supervised"], ["--data.source.root is missing"]),
         (["--run.device", "cuda:x" if torch.cuda.is_available() else "cuda"], ["--run.device"]),
         (["--resume", "/nowhere"], ["/nowhere", "no run directory"]),

@@ -75,6 +75,34 @@ def test_blur_matches_torchvision():
     torch.testing.assert_close(augment.gaussian_blur(images, torch.tensor(0.9)), expected[:, :, 6:-6, 6:-6])
 
 
+@pytest.mark.parametrize("sigma", [0.15, 0.29, 0.36, 0.43, 0.9, 1.15])
+def test_blur_is_exact_and_multiplies_by_no_subnormal_number(sigma, monkeypatch):
+    images = torch.rand(2, 3, 20, 21, generator=torch.Generator().manual_seed(3))
+    used = []
+    conv2d = torch.nn.functional.conv2d
+
+    def recorded(image, weight, **options):
+        used.append(weight)
+        return conv2d(image, weight, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", recorded)
+    blurred = augment.gaussian_blur(images, torch.tensor(sigma))
+    assert len(used) == 2 and all((weight[weight != 0] > 1e-31).all() for weight in used)
+    monkeypatch.undo()
+    taps = torch.exp(-0.5 * (torch.arange(-6, 7, dtype=torch.float64) / sigma) ** 2)
+    weight = (taps[:, None] * taps / taps.sum() ** 2).expand(3, 1, 13, 13)
+    padded = torch.nn.functional.pad(images.double(), (6,) * 4, mode="replicate")
+    torch.testing.assert_close(blurred.double(), conv2d(padded, weight, groups=3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_strong_augment_does_not_depend_on_the_layout_in_memory(position):
+    images = torch.randn(2, 3, 16, 20, generator=torch.Generator().manual_seed(4)).clamp(-1.5, 1.5)
+    same = images.contiguous(memory_format=torch.channels_last)
+    one, two = (augment.strong_augment(x, key(position), 0.2, 0.8, 0.5) for x in (images, same))
+    assert torch.equal(one, two)
+
+
 def test_strong_augment_is_a_function_of_its_key_and_keeps_its_probabilities():
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(4)).clamp(-1.5, 1.5)
     same = augment.strong_augment(images, key(), 0.2, 0.8, 0.5)

@@ -1,5 +1,6 @@
 """Jobs in processes of their own: results, order, stops, mistakes, crashes, and a parent that is killed."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -36,6 +37,11 @@ def job(kind: str, folder: str) -> tuple[str, int]:
     return kind, torch.get_num_threads()
 
 
+def collections() -> tuple[bool, int]:
+    """Whether this process collects garbage, and how many objects it leaves alone."""
+    return gc.isenabled(), gc.get_freeze_count()
+
+
 def run(*kinds: str, folder: Path, at_once: int = 2) -> dict[str, tuple[str, int]]:
     with StopSignal() as stop:
         jobs = [(kind, (kind, str(folder))) for kind in kinds]
@@ -44,6 +50,12 @@ def run(*kinds: str, folder: Path, at_once: int = 2) -> dict[str, tuple[str, int
 
 def test_results_come_back_by_name_and_threads_are_shared(tmp_path: Path) -> None:
     assert run("a", "b", "c", folder=tmp_path) == {"a": ("a", 1), "b": ("b", 1), "c": ("c", 1)}
+
+
+def test_a_job_collects_its_own_garbage_and_not_what_was_imported() -> None:
+    with StopSignal() as stop:
+        ((_, (enabled, frozen)),) = side_by_side(collections, [("a", ())], 1, 1, stop)
+    assert enabled and frozen > 100_000
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def make_batch(size=(64, 96), count=2, seed=0):
     return Batch(image[0], label, image[1], torch.ones(count, *size, dtype=torch.bool))
 
 
-def make_method(name, seed=0, *, ssr=None, weights="none", model=None, **self_training):
+def make_method(name, seed=0, *, ssr=None, weights="none", model=None, features="online", **self_training):
     values = {"feature_distance": 0.0, "threshold": 0.0, **self_training}
     return build_method(
         name,
@@ -50,7 +50,7 @@ def make_method(name, seed=0, *, ssr=None, weights="none", model=None, **self_tr
         model=model or ModelConfig(backbone="mit_tiny", channels=16, drop_path=0.2),
         self_training=SelfTrainingConfig(**values),
         ssr=ssr or SsrConfig(),
-        sam=SamConfig(encoder="tests.methods.support:tiny_encoder"),
+        sam=SamConfig(encoder="tests.methods.support:tiny_encoder", features=features),
         classes=CLASSES,
         counts=[100, 50, 25, 13, 12],
         seed=seed,

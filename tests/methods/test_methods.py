@@ -1,5 +1,6 @@
 """The methods against brute-force definitions of the recipe, and the rules of a step: no sync, no hidden state."""
 
+import dataclasses
 import math
 
 import pytest
@@ -66,6 +67,39 @@ def test_every_trainable_parameter_gets_a_gradient_and_nothing_else_does(variant
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, (role, name)
     trained = {id(p) for module in method.trainable().values() for p in module.parameters()}
     assert all(p.grad is None for p in method.parameters() if id(p) not in trained)
+
+
+@pytest.mark.parametrize("start_step", [0, 10])
+@pytest.mark.parametrize(
+    "ssr",
+    [SsrConfig(), SsrConfig(domains="source", points=("stage2",)), SsrConfig(regulariser="injection")],
+    ids=["cosine", "cosine_source", "injection"],
+)
+def test_kept_features_change_no_loss_and_no_gradient(ssr, start_step):
+    def once(features):
+        method = make_method("ssr", ssr=ssr, features=features, start_step=start_step)
+        batch = method.prepare(make_batch())
+        if features == "cached_views":
+            source = normalise_batch(batch.source_image)
+            torch.testing.assert_close(batch.source_features, method.encoder.encode(source))
+            with NoHostSync():
+                method.losses(batch, 3)
+        terms = method.losses(batch, 3)
+        terms["loss"].backward()
+        return terms, [p.grad for module in method.trainable().values() for p in module.parameters()]
+
+    (terms, grads), (kept, kept_grads) = once("online"), once("cached_views")
+    torch.testing.assert_close(kept, terms)
+    torch.testing.assert_close(kept_grads, grads, rtol=1e-4, atol=1e-6)
+
+
+def test_kept_features_are_what_is_aligned_to():
+    method = make_method("ssr", features="cached_views", start_step=10)
+    batch = method.prepare(make_batch())
+    assert make_method("ssr").prepare(make_batch()).source_features is None
+    other = dataclasses.replace(batch, source_features=-batch.source_features)
+    name = "loss/cosine"
+    assert abs(float(method.losses(batch, 3)[name].detach()) - float(method.losses(other, 3)[name].detach())) > 1e-2
 
 
 def test_seeds_and_steps_change_the_draws():
