@@ -93,12 +93,12 @@ class Session:
             else:
                 for name in itertools.chain(*self._chains()):
                     if name in pending:
-                        self._finish_stage(self.train_stage(name, stop))
+                        self._finish_stages([self.train_stage(name, stop)])
         if len(stages) > 1:
             for file in sorted((self.folder / "models" / STAGE_NAMES[stages[-1]]).iterdir()):
                 shutil.copyfile(file, self.folder / file.name)
-        self._write_samples()
-        write_report(self.folder)
+        if not pending:
+            self._write_report()
         return self.summary
 
     def _in_processes(self) -> bool:
@@ -134,17 +134,21 @@ class Session:
             if chain
         ]
         for _, rows in side_by_side(_stages_process, jobs, at_once, threads, stop):
-            for row in rows:
-                self._finish_stage(row)
+            self._finish_stages(rows)
 
-    def _finish_stage(self, row: dict[str, Any]) -> None:
+    def _finish_stages(self, rows: list[dict[str, Any]]) -> None:
+        """Summary, pictures and report of all stages so far, so that a long comparison can be looked at on the way."""
         order = [STAGE_NAMES[name] for name in self.config.stages()]
-        rows = [*self.summary["stages"], row]
-        self.summary["stages"] = sorted(rows, key=lambda row: order.index(row["name"]))
+        self.summary["stages"] = sorted([*self.summary["stages"], *rows], key=lambda row: order.index(row["name"]))
         write_text(self.folder / "summary.json", json.dumps(plain(self.summary), indent=1))
-        print(
-            f"{row['name']}: target mIoU {row['target_miou']:.1f} after {row['steps']} steps in {row['seconds']:.0f} s"
-        )
+        for row in rows:
+            miou, steps, seconds = row["target_miou"], row["steps"], row["seconds"]
+            print(f"{row['name']}: target mIoU {miou:.1f} after {steps} steps in {seconds:.0f} s")
+        self._write_report()
+
+    def _write_report(self) -> None:
+        self._write_samples()
+        write_report(self.folder)
 
     def train_stage(self, name: str, stop: StopSignal) -> dict[str, Any]:
         """Train the stage of a method; its row of the summary.
