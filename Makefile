@@ -9,6 +9,7 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+IMPORTED := ssr_fast.train ssr_fast.arguments ssr_fast.session matplotlib.figure matplotlib.backends.backend_agg
 PACKAGES := -c constraints.txt -e '.[dev]'
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -31,7 +32,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc
 	@$(PY) -m pip install --disable-pip-version-check -q uv && $(PY) -m uv pip install --python $(PY) $(PACKAGES) \
 	  || $(PY) -m pip install --disable-pip-version-check $(PACKAGES)
 	@$(PY) -m ssr_kernels.library
-	@$(PY) -m ssr_fast.train --print_config > /dev/null  # compiles what it imports, so that the first run need not
+	@$(PY) -m ssr_fast.engine.fork_server $(IMPORTED)  # compiles what it imports, so that the first run need not
 	@touch $@
 
 gpu:
