@@ -21,7 +21,7 @@ def start(module: str) -> None:
 
 def import_all(modules: list[str]) -> None:
     """Import what a fork server would, and more: after an install, so that Python compiles it before the first run."""
-    for name in (*_IMPORTS, *modules):
+    for name in (_FIRST, *_IMPORTS, *modules):
         importlib.import_module(name)
 
 

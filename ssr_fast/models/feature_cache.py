@@ -40,8 +40,8 @@ class ViewCache:
     def _encode(self, key: bytes, image: Tensor) -> None:
         mirrored = image.flip(1)
         pair = sorted([(key, image), (_key(mirrored), mirrored)], key=lambda view: view[0])
-        device = next((p.device for p in self._encoder.parameters()), torch.device("cpu"))
-        features = self._encoder.encode(normalise_batch(torch.stack([view for _, view in pair]).to(device)))
+        images = torch.stack([view for _, view in pair]).to(self._encoder.device)
+        features = self._encoder.encode(normalise_batch(images))
         self._features |= {key: feature for (key, _), feature in zip(pair, features, strict=True)}
 
 

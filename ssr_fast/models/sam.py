@@ -131,6 +131,11 @@ class FrozenEncoder(nn.Module):
         self.encoder, self.size, self.standardise = encoder.eval(), size, standardise
         self.requires_grad_(False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder stands; the CPU if it has no parameters."""
+        return next((p.device for p in self.encoder.parameters()), torch.device("cpu"))
+
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """A frozen encoder never leaves eval mode."""
         return super().train(False)
@@ -161,9 +166,8 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def channels(self) -> int:
         """D, measured on one blank image."""
-        device = next((p.device for p in self.encoder.parameters()), torch.device("cpu"))
         size = self.size or 64
-        return int(self.encoder(torch.zeros(1, 3, size, size, device=device)).shape[1])
+        return int(self.encoder(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
 
 
 def build_sam(config: SamConfig) -> FrozenEncoder:

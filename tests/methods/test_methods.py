@@ -90,7 +90,9 @@ def test_kept_features_change_no_loss_and_no_gradient(ssr, start_step):
 
     (terms, grads), (kept, kept_grads) = once("online"), once("cached_views")
     torch.testing.assert_close(kept, terms)
-    torch.testing.assert_close(kept_grads, grads, rtol=1e-4, atol=1e-6)
+    total = torch.stack([grad.norm() for grad in grads]).norm()
+    for one, two in zip(grads, kept_grads, strict=True):
+        assert (one - two).norm() <= 1e-5 * one.norm() + 1e-8 * total
 
 
 def test_kept_features_are_what_is_aligned_to():
