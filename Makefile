@@ -1,7 +1,8 @@
 # make train [ARGS="..."]   install into .venv if need be, then train (without ARGS: the demo)
 # make test  [ARGS="..."]   install, then pytest
 # make lint                 install, then ruff and mypy
-# make gpu PYTHON=python3   no install, no network: build csrc and run the tests that need a GPU with this interpreter
+# make gpu PYTHON=python3   no install, no network: build csrc, device tests, compute-sanitizer and benchmarks with this
+#                           interpreter's packages; ARGS="tests bench" runs these steps only
 # make clean                remove what was built; .venv stays, the next make installs into it again
 PYTHON ?= python3
 ARGS ?=
@@ -36,8 +37,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc
 	@touch $@
 
 gpu:
-	$(PYTHON) setup.py -q build_csrc --inplace
-	PYTHONPATH=.:kernels $(PYTHON) -m pytest -m gpu $(ARGS)
+	@$(PYTHON) -m bench.gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info kernels/ssr_kernels/lib .mypy_cache .ruff_cache .pytest_cache $(STAMP)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-BACKENDS = ("cuda", "triton", "reference")
+BACKENDS = ("cuda", "triton", "reference", "cpp")
 VARIABLE = "SSR_FAST_KERNELS"
 
 

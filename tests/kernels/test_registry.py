@@ -54,7 +54,7 @@ def test_the_environment_variable_chooses_and_the_argument_wins(monkeypatch):
 
 
 def test_an_unknown_name_is_refused_with_its_origin(monkeypatch):
-    with pytest.raises(ValueError, match="backend=cuda12: expected auto, cuda, triton, reference"):
+    with pytest.raises(ValueError, match="backend=cuda12: expected auto, cuda, triton, reference, cpp"):
         make_op().choose("cuda12", ())
     monkeypatch.setenv("SSR_FAST_KERNELS", "eager")
     with pytest.raises(ValueError, match="SSR_FAST_KERNELS=eager"):

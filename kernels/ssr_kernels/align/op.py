@@ -5,13 +5,14 @@ B batch, h w feature pixels of a stage, C its channels, hs ws D grid and channel
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import checks
-from ..registry import Backend, Op, no_reasons
-from . import reference
+from ..registry import Op
+from .backends import BACKENDS
 
-ALIGN = Op("align", (Backend("reference", reference.align_stages, no_reasons),))
+ALIGN = Op("align", BACKENDS)
 
 
 def align_loss(
@@ -27,6 +28,9 @@ def align_loss(
 
     p = x W^T + b; t = bilinear(target, (h, w)), align_corners False; cos = p.t / (max(|p|, 1e-8) max(|t|, 1e-8));
     loss = sum valid (1 - cos) / sum valid. If nothing is valid the loss is 0 and so is every gradient.
+
+    Three numbers a row are kept for the backward pass, which is not differentiable itself. Under torch.autocast x,
+    weight and bias are cast to its dtype; sums are float32.
 
     Args:
         x: [B, h, w, C] student features, floating point.
@@ -44,6 +48,7 @@ def align_loss(
         BackendError: the backend that was asked for cannot run this call.
     """
     _check_target(target)
+    (x,), (weight,), (bias,) = _autocast(target, [x], [weight], [bias])
     _check_stage(("x", "weight", "bias", "valid"), x, weight, bias, valid, target)
     masks = None if valid is None else [valid]
     return _run(backend, [x], [weight], [bias], target, masks, [1.0])
@@ -85,11 +90,24 @@ def align_stages(
         if len(sequence) != count:
             raise ValueError(f"{name} must have one entry a stage, {count} (it has {len(sequence)})")
     _check_target(target)
+    features, weights, biases = _autocast(target, features, weights, biases)
     for index in range(count):
         names = (f"features[{index}]", f"weights[{index}]", f"biases[{index}]", f"valid[{index}]")
         mask = None if valid is None else valid[index]
         _check_stage(names, features[index], weights[index], biases[index], mask, target)
     return _run(backend, features, weights, biases, target, valid, stage_weights)
+
+
+def _autocast(
+    target: Tensor, features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
+    """Under torch.autocast: the operands in its dtype. Every reduction stays in float32."""
+    kind = target.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return features, weights, biases
+    dtype = torch.get_autocast_dtype(kind)
+    cast = [None if bias is None else bias.to(dtype) for bias in biases]
+    return [x.to(dtype) for x in features], [weight.to(dtype) for weight in weights], cast
 
 
 def _run(
@@ -101,9 +119,10 @@ def _run(
     valid: Sequence[Tensor] | None,
     stage_weights: Sequence[float],
 ) -> Tensor:
-    tensors = (*features, *weights, *(bias for bias in biases if bias is not None), target, *(valid or ()))
+    tensors = (target, *features, *weights, *(bias for bias in biases if bias is not None), *(valid or ()))
     chosen = ALIGN.choose(backend, tensors)
-    return chosen.run(features, weights, biases, target, valid, stage_weights)
+    loss: Tensor = chosen.run(features, weights, biases, target, valid, stage_weights)
+    return loss
 
 
 def _check_target(target: Tensor) -> None:

@@ -36,7 +36,7 @@ def _stage(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, valid
     """sum valid (1 - cos(x W^T + b, target resampled)) / sum valid: a scalar, 0 where nothing is valid."""
     dtype = checks.accumulation_dtype(x)
     p = F.linear(x, weight, bias).to(dtype)  # [B, h, w, D]
-    t = _resample(target.to(dtype), x.shape[1], x.shape[2])  # [B, h, w, D]
+    t = resample(target.to(dtype), x.shape[1], x.shape[2])  # [B, h, w, D]
     norms = torch.linalg.vector_norm(p, dim=3).clamp_min(EPS) * torch.linalg.vector_norm(t, dim=3).clamp_min(EPS)
     distance = 1 - (p * t).sum(dim=3) / norms  # [B, h, w]
     if valid is None:
@@ -47,8 +47,8 @@ def _stage(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, valid
     return (distance * mask).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def _resample(target: Tensor, h: int, w: int) -> Tensor:
-    """[B, hs, ws, D] -> [B, h, w, D], bilinear, align_corners False."""
+def resample(target: Tensor, h: int, w: int) -> Tensor:
+    """[B, hs, ws, D] -> [B, h, w, D], bilinear, align_corners False (target itself where the grids are the same)."""
     if target.shape[1:3] == (h, w):
         return target
     maps = F.interpolate(target.permute(0, 3, 1, 2), size=(h, w), mode="bilinear", align_corners=False)  # [B, D, h, w]

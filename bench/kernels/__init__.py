@@ -1,0 +1,1 @@
+"""One benchmark for each op of ssr_kernels."""

@@ -1,0 +1,66 @@
+"""Align's Triton kernels compiled ahead of time for GPUs that are not there: they compile, and stay within a budget."""
+
+import pytest
+import torch
+
+from tests.aot.align_launches import record
+from tests.aot.triton_compile import MATRIX, SHARED_LIMIT, Launch, compile_all
+
+REGISTERS = {
+    "direct_rows": (255, 240, 220),
+    "direct_dx": (190, 190, 150),
+    "direct_dw": (255, 215, 175),
+    "gram_tables": (240, 220, 200),
+    "gram_rows": (180, 140, 170),
+    "gram_dx": (170, 150, 140),
+    "gram_adjoint": (64, 64, 64),
+    "token_sums": (104, 104, 120),
+    "moments": (180, 140, 130),
+    "weight_gradients": (176, 136, 152),
+    "loss_sums": (64, 64, 64),
+}
+"""The most registers a thread of each kernel on sm_80, sm_90 and sm_100, bfloat16; nothing may spill in any dtype."""
+
+WITHOUT_MATRIX = {"gram_adjoint", "loss_sums"}
+"""Kernels without a matrix product."""
+
+
+def within_budget(launches: list[Launch], capabilities: tuple[int, ...], registers: bool = True) -> None:
+    problems = []
+    for row in compile_all(launches, capabilities):
+        name, capability = row["kernel"], row["capability"]
+        what = f"{name} on sm_{capability}"
+        if "error" in row:
+            problems.append(f"{what}: {row['error']}")
+            continue
+        print(row)
+        allowed = REGISTERS[name][tuple(MATRIX).index(capability)]
+        if registers and row["registers"] > allowed:
+            problems.append(f"{what} takes {row['registers']} registers, more than {allowed}")
+        if row["stack"] or row["spills"]:
+            problems.append(f"{what} spills: {row['stack']} bytes of stack, {row['spills']} instructions")
+        if row["shared"] > SHARED_LIMIT[capability]:
+            problems.append(f"{what} takes {row['shared']} bytes of shared memory")
+        if (row["matrix"] > 0) == (name in WITHOUT_MATRIX):
+            problems.append(f"{what} has {row['matrix']} matrix instructions")
+    assert not problems, "\n".join(problems)
+
+
+def test_every_kernel_of_a_call_has_a_budget():
+    assert {launch.kernel for launch in record(torch.bfloat16)} == set(REGISTERS)
+
+
+def test_the_hottest_kernels_on_hopper():
+    """The others, and the other architectures, are among the slow tests."""
+    launches = [launch for launch in record(torch.bfloat16) if launch.kernel in ("direct_dx", "gram_rows")]
+    assert len(launches) == 2
+    within_budget(launches, (90,))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kernel", REGISTERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_kernel_on_every_architecture(kernel, dtype):
+    launches = [launch for launch in record(dtype) if launch.kernel == kernel]
+    within_budget(launches, tuple(MATRIX), registers=dtype == torch.bfloat16)
