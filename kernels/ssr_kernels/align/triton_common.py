@@ -68,7 +68,7 @@ def taps(image, i, j, h, w, hs, ws):
 
 @triton.jit
 def interpolate(table, token, down, right, fy, fx, inside, columns, stride, columns_inside):
-    """Bilinear mix, float32 [rows, columns], of four rows of a table of row length `stride`; taps of weight 0 unread."""
+    """Bilinear mix, float32 [rows, columns], of four rows of a table of rows `stride` long; weight 0: unread."""
     keep = inside[:, None] & columns_inside[None, :]
     at = table + token[:, None] * stride + columns[None, :]
     below = (down * stride)[:, None]
