@@ -104,7 +104,10 @@ ptxas info    : Used 9 registers
     assert matrix_instructions(text) == {"_Z1fv": 1}
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a", "100"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("architecture", [pytest.param("80", marks=SLOW), "90a", pytest.param("100", marks=SLOW)])
 def test_resources_of_align(architecture, tmp_path):
     cubin = tmp_path / "align.cubin"
     words = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
