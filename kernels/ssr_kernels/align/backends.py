@@ -95,7 +95,7 @@ def machine_reasons(name: str) -> list[str]:
         return list(library.reasons("ssr_cpu"))
     if name == "cuda":
         return list(library.reasons("ssr_cuda"))
-    if not find_spec("triton"):
+    if not _has_triton():
         return ["the package triton is not installed"]
     if _interpreted():
         return []
@@ -111,6 +111,11 @@ def _common_reasons(name: str, features: Sequence[Tensor], tensors: Sequence[Ten
     if any(not tensor.is_contiguous() for tensor in tensors):
         found.append(f"{name} takes dense channels-last rows: every tensor must be contiguous")
     return found
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None  # searches the disk where triton is not imported yet
 
 
 def _interpreted() -> bool:

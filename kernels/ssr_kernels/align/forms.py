@@ -20,7 +20,7 @@ from .. import checks
 from .reference import EPS, resample
 
 PAD = 8
-"""Columns of a table beyond its C: T b (or u), five products of neighbouring tokens, two unused."""
+"""Columns of a table beyond its C (kExtra of csrc/align.h): T b (or u), five products of neighbours, unused ones."""
 
 GRAM_CHANNELS = 256
 """From this many channels on the direct form is the cheaper one on any grid."""
@@ -100,7 +100,7 @@ def forward(
         rows: [3, sum of N], cos, 1 / |p| and 1 / |t| of every row.
         scale: [stages], share / sum valid, 0 where nothing is valid.
     """
-    dtype = checks.accumulation_dtype(target if not stages else stages[0].x)
+    dtype = checks.accumulation_dtype(stages[0].x)
     rows = target.new_empty((3, sum(stage.count for stage in stages)), dtype=dtype)
     losses, scales = [], []
     for stage, share in zip(stages, shares, strict=True):
@@ -150,9 +150,11 @@ def backward(
             parts = (stage.x, stage.weight, stage.bias)
             gradients += [torch.zeros_like(t) for t, flag in zip(parts, flags, strict=True) if flag and t is not None]
             continue
-        form = _gram_backward if takes_gram(stage.x.shape, target.shape) else _direct_backward
-        call = (grad, stage, target, rows, scale, steps)
-        gradients += [g for g, flag in zip(form(*call, flags), flags, strict=True) if flag]
+        if takes_gram(stage.x.shape, target.shape):
+            found = _gram_backward(grad, stage, target, rows, scale, steps, flags)
+        else:
+            found = _direct_backward(grad, stage, target, rows, scale, flags)
+        gradients += [g for g, flag in zip(found, flags, strict=True) if flag]
     return gradients
 
 
@@ -304,7 +306,7 @@ def _direct_rows(stage: Stage, target: Tensor, rows: Tensor) -> None:
 
 
 def _direct_backward(
-    grad: Tensor, stage: Stage, target: Tensor, rows: Tensor, scale: Tensor, steps: GramSteps, flags: Sequence[bool]
+    grad: Tensor, stage: Stage, target: Tensor, rows: Tensor, scale: Tensor, flags: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     """dX, dW, db; an empty tensor where a flag is off."""
     r, k = row_factors(stage.of(rows), row_gradient(stage, grad, scale))

@@ -1,6 +1,6 @@
 """The compiled passes of the Gram form: ctypes calls into ssr_cpu (float32, float64) and ssr_cuda (bfloat16, float16).
 
-B batch, h w fine grid of a stage, C its channels, hs ws grid of the target, P = C + EXTRA columns of a table. A is the
+B batch, h w fine grid of a stage, C its channels, hs ws grid of the target, P = C + PAD columns of a table. A is the
 accumulation dtype: float64 for float64 features, else float32. Everything is allocated by the caller.
 """
 
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import checks, library
+from .forms import PAD
 
 MAX_STAGES = 8
 """Stages of one call: they are the parameters of one launch (kMaxStages of csrc/align.h)."""
-EXTRA = 8
-"""Columns of a table behind its C channels (kExtra)."""
 PATCH = 8
 """A tile is PATCH x PATCH pixels of the fine grid (kPatch)."""
 CUDA_CHANNELS = 16
@@ -223,7 +222,7 @@ def _check(name: str, stages: Sequence[Stage], hs: int, ws: int, tensors: dict[s
         batch, h, w, channels = stage.x.shape
         if stage.x.dtype != first.dtype or batch != first.shape[0]:
             against.append(f"stages[{index}].x has another dtype or batch than stages[0].x")
-        columns, prefix = channels + EXTRA, f"stages[{index}]."
+        columns, prefix = channels + PAD, f"stages[{index}]."
         shapes[prefix + "tokens"] = shapes[prefix + "y"] = (batch * hs * ws, columns)
         shapes[prefix + "gram"], shapes[prefix + "dx"] = (channels + 1, columns), (batch, h, w, channels)
         against += _valid_reasons(prefix + "valid", stage.valid, stages[0].valid, stage.x)

@@ -103,7 +103,7 @@ def _autocast(
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
     """Under torch.autocast: the operands in its dtype. Every reduction stays in float32."""
     kind = target.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # the question raises for a meta tensor
         return features, weights, biases
     dtype = torch.get_autocast_dtype(kind)
     cast = [None if bias is None else bias.to(dtype) for bias in biases]

@@ -39,7 +39,7 @@ class Implementation:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[], Implementation]] = {}
-"""What loads each backend's Implementation; op.py fills it."""
+"""What loads each backend's Implementation; backends.py fills it."""
 
 
 def _forward(
@@ -56,13 +56,7 @@ def _forward(
 
 
 def _forward_fake(
-    features: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    target: Tensor,
-    valid: Sequence[Tensor] | None,
-    shares: Sequence[float],
-    backend: str,
+    features: Sequence[Tensor], weights: Sequence[Tensor], biases: object, target: Tensor, *others: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = checks.accumulation_dtype(features[0])
     count = sum(x.shape[0] * x.shape[1] * x.shape[2] for x in features)
@@ -91,13 +85,9 @@ def _backward_fake(
     features: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    target: Tensor,
-    valid: Sequence[Tensor] | None,
-    rows: Tensor,
-    scale: Tensor,
-    wanted: Sequence[bool],
-    backend: str,
+    *others: Any,
 ) -> list[Tensor]:
+    wanted = others[-2]
     stages = zip(features, weights, biases, strict=True)
     of_stages = [t for stage in stages for t in stage]
     return [t.new_empty(t.shape) for t, flag in zip(of_stages, wanted, strict=True) if flag and t is not None]

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton_gram
+from . import native, triton_gram
 from .forms import PAD, Stage, takes_gram
 
-TILE = 8
-"""Height and width in pixels of a tile of rows."""
+TILE = native.PATCH
+"""Height and width in pixels of a tile of rows; that of the CUDA kernels, which fill the same partial sums."""
 
 SPLITS = 32
 """The most partial sums of a stage."""
@@ -41,7 +41,6 @@ class Call:
 
     def __init__(self, stages: Sequence[Stage], target: Tensor) -> None:
         dtype = stages[0].x.dtype
-        self.stages = list(stages)
         self.target = target if target.dtype == dtype else target.to(dtype)
         self.batch, self.hs, self.ws, self.width = target.shape
         self.gram = [stage for stage in stages if takes_gram(stage.x.shape, target.shape)]
@@ -79,12 +78,11 @@ class Call:
 
     def launch(self, kernel: Any, programs: Sequence[int] | None, **arguments: Any) -> None:
         """Launch a kernel with its configuration; `programs` are those of each stage (None: one program in all)."""
-        name = kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__
         if programs is not None:
             arguments["ends"] = tuple(accumulate(programs))
         grid = arguments["ends"][-1] if programs is not None else 1
         if grid:
-            kernel[(grid,)](**arguments, **self.config[name])
+            kernel[(grid,)](**arguments, **self.config[kernel.fn.__name__])
 
     def block(self, kernel: str, name: str) -> int:
         """A block size of a kernel's configuration."""

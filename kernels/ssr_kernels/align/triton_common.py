@@ -8,7 +8,10 @@ that the target's tokens that its rows share are read from the first-level cache
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-8)
+from . import forms, reference
+
+EPS = tl.constexpr(reference.EPS)
+PAD = tl.constexpr(forms.PAD)
 
 
 @triton.jit

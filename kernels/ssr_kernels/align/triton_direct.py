@@ -7,7 +7,7 @@ cache; p, t and the gradient of p live in registers only.
 import triton
 import triton.language as tl
 
-from .triton_common import finish_rows, interpolate, locate, pick, project, row_factors, taps, tile_pixels
+from .triton_common import PAD, finish_rows, interpolate, locate, pick, project, row_factors, taps, tile_pixels
 
 
 @triton.jit(do_not_specialize=["hs", "ws"])
@@ -117,6 +117,6 @@ def direct_dw(
         db += tl.sum(dp, 0)
         xs = tl.load(x + row[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0.0)
         dw = tl.dot(tl.trans(dp.to(xs.dtype)), xs, dw, input_precision=PRECISION)
-    out = partials + pick(partial0s, stage) + (split * D + d).to(tl.int64) * (C + 8)
+    out = partials + pick(partial0s, stage) + (split * D + d).to(tl.int64) * (C + PAD)
     tl.store(out[:, None] + c[None, :], dw, mask=(d < D)[:, None] & (c < C)[None, :])
     tl.store(out + C, db, mask=(d < D) & (block == 0))

@@ -6,9 +6,7 @@ Tables (float32, P = C + 8 columns, see forms.py): tokens [B hs ws, P], gram [C 
 import triton
 import triton.language as tl
 
-from .triton_common import finish_rows, interpolate, locate, pick, row_factors, tap, taps, tile_pixels
-
-PAD = tl.constexpr(8)
+from .triton_common import PAD, finish_rows, interpolate, locate, pick, row_factors, tap, taps, tile_pixels
 
 
 @triton.jit

@@ -6,9 +6,7 @@ Each sum is split over programs that write partial sums, and a last kernel adds 
 import triton
 import triton.language as tl
 
-from .triton_common import locate, pick, row_factors
-
-PAD = tl.constexpr(8)
+from .triton_common import PAD, locate, pick, row_factors
 
 
 @triton.jit
