@@ -14,9 +14,9 @@ import torch
 
 from . import document, measure, tables
 from .harness import Bench, Case, Row, Setting, run
-from .kernels import align
+from .kernels import align, contrast
 
-BENCHES: tuple[Bench, ...] = (align.BENCH,)
+BENCHES: tuple[Bench, ...] = (align.BENCH, contrast.BENCH, contrast.SAMPLER)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,10 @@ def run_row(name: str, seed: int, folder: Path) -> dict[str, Any]:
     return {"row": name, "seed": seed, "miou": stage["target_miou"], "seconds": time.perf_counter() - started}
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Mean, standard deviation (n - 1) and seconds of each row, and the gains that the project promises."""
+def summarise(results: list[dict[str, Any]], rows: Sequence[str], gains: Sequence[tuple[str, str]]) -> str:
+    """Mean, standard deviation (n - 1) and seconds of each row, and the gains of one row over another."""
     lines, mean = [f"{'row':28} {'mIoU':>6} {'std':>5} {'seeds':>5} {'s/run':>6}"], {}
-    for name in ROWS:
+    for name in rows:
         scores = [result["miou"] for result in results if result["row"] == name]
         if not scores:
             continue
@@ -96,7 +96,7 @@ def table(results: list[dict[str, Any]]) -> str:
         mean[name] = float(np.mean(scores))
         std = float(np.std(scores, ddof=1)) if len(scores) > 1 else float("nan")
         lines.append(f"{name:28} {mean[name]:6.1f} {std:5.1f} {len(scores):5d} {seconds:6.0f}")
-    for better, worse in (("self_training", "source_only"), ("ssr", "self_training")):
+    for better, worse in gains:
         if better in mean and worse in mean:
             lines.append(f"{better} - {worse}: {mean[better] - mean[worse]:+.1f}")
     return "\n".join(lines)
@@ -124,7 +124,7 @@ def main() -> None:
                     options.json.write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
         except Stopped as stopped:
             print(f"stopped by {stopped.args[0]}; what had finished:")
-    print(table(results))
+    print(summarise(results, list(ROWS), (("self_training", "source_only"), ("ssr", "self_training"))))
 
 
 if __name__ == "__main__":

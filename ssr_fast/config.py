@@ -8,6 +8,7 @@ from ssr_fast.engine.trainer import RunConfig
 from ssr_fast.eval.inference import InferenceConfig
 from ssr_fast.methods.method import METHODS, MethodConfig
 from ssr_fast.methods.self_training import SelfTrainingConfig
+from ssr_fast.methods.source_free import SourceFreeConfig
 from ssr_fast.methods.ssr import SsrConfig
 from ssr_fast.models.sam import SamConfig
 from ssr_fast.models.segmentor import ModelConfig
@@ -29,6 +30,8 @@ class TrainConfig:
     """Teacher, pseudo-labels and mixing; for the methods self_training and ssr."""
     ssr: SsrConfig = field(default_factory=SsrConfig)
     """The regulariser; for the method ssr."""
+    source_free: SourceFreeConfig = field(default_factory=SourceFreeConfig)
+    """Source model, teacher and contrast; for the method source_free."""
     sam: SamConfig = field(default_factory=SamConfig)
     """The regulariser's frozen encoder; for the method ssr."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -40,9 +43,23 @@ class TrainConfig:
         """Methods that this run trains one after another, each from the same start."""
         return self.run.stages or (self.method.name,)
 
+    def reads_source(self) -> bool:
+        """Whether any stage needs source images."""
+        return any(stage != "source_free" for stage in self.stages())
+
+    def reads_segments(self) -> bool:
+        """Whether any stage needs the target's segment maps."""
+        return "source_free" in self.stages() and self.source_free.uses_segments()
+
 
 # Sections that only some methods read: an option of theirs given for another method would be ignored in silence.
-SECTIONS_OF = {"self_training": ("self_training", "ssr"), "ssr": ("ssr",), "sam": ("ssr",)}
+SECTIONS_OF = {
+    "model": ("supervised", "self_training", "ssr"),
+    "self_training": ("self_training", "ssr"),
+    "ssr": ("ssr",),
+    "sam": ("ssr",),
+    "source_free": ("source_free",),
+}
 
 
 def problems(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> list[str]:
@@ -51,10 +68,10 @@ def problems(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> lis
     Args:
         explicit: dotted names of the options that the user gave; one that has no effect is an error.
     """
-    found = config.run.problems("run") + config.data.problems("data") + config.model.problems("model")
+    stages = config.stages()
+    found = config.run.problems("run") + config.data.problems("data", config.reads_source())
     found += config.method.problems("method") + config.optim.problems("optim")
     found += config.inference.problems("inference")
-    stages = config.stages()
     for stage in stages:
         if stage not in METHODS:
             found.append(f"--run.stages must hold only {', '.join(METHODS)} (it holds {stage})")
@@ -73,8 +90,8 @@ def problems(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> lis
 def _contradictions(config: TrainConfig, stages: tuple[str, ...]) -> list[str]:
     """What two sections cannot both ask for."""
     found = []
-    adapting = any(stage != "supervised" for stage in stages)
-    if adapting and config.self_training.feature_distance > 0 and not config.model.weights:
+    mixing = any(stage in SECTIONS_OF["self_training"] for stage in stages)
+    if mixing and config.self_training.feature_distance > 0 and not config.model.weights:
         found.append(
             f"--self_training.feature_distance {config.self_training.feature_distance} measures against pretrained "
             "weights and --model.weights is not given: give them, or --self_training.feature_distance 0"
@@ -89,9 +106,40 @@ def _contradictions(config: TrainConfig, stages: tuple[str, ...]) -> list[str]:
             "--sam.features cached_views keeps features of source images and --ssr.domains mixed uses none: "
             "give --sam.features online"
         )
+    if config.data.segments and (not config.reads_segments() or config.data.scenes is not None):
+        why = "are made with the scenes" if config.reads_segments() else "are read by no method here"
+        found.append(f"--data.segments {config.data.segments} has no effect, segment maps {why}: leave it out")
+    if "source_free" in stages:
+        found += _source_free_contradictions(config, stages)
     if config.optim.warmup_steps >= config.run.steps:
         found.append(
             f"--optim.warmup_steps {config.optim.warmup_steps} is not below --run.steps {config.run.steps}: "
             "the learning rate would never reach its value"
+        )
+    return found
+
+
+def _source_free_contradictions(config: TrainConfig, stages: tuple[str, ...]) -> list[str]:
+    """What source-free adaptation cannot have together with other sections."""
+    found, trained_here = [], stages[: stages.index("source_free")].count("supervised") > 0
+    if not config.source_free.model and not trained_here:
+        found.append(
+            "--source_free.model is missing: give the source model (a run directory, model.safetensors, or a "
+            "checkpoint of another format)"
+        )
+    if config.source_free.model and trained_here:
+        found.append(
+            f"--source_free.model {config.source_free.model} contradicts the stage supervised, which trains the source "
+            "model: leave one out"
+        )
+    if config.method.class_weight != "none" and not config.reads_source():
+        found.append(
+            f"--method.class_weight {config.method.class_weight} counts the source's labels, which source_free does "
+            "not read: give --method.class_weight none"
+        )
+    if config.source_free.contrast > 0 and config.source_free.contrast_start >= config.run.steps:
+        found.append(
+            f"--source_free.contrast_start {config.source_free.contrast_start} is not below --run.steps "
+            f"{config.run.steps}: nothing would be contrasted (--source_free.contrast 0 says so)"
         )
     return found

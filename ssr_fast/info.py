@@ -9,10 +9,10 @@ from rich.table import Table
 
 from ssr_fast.commandline import DONE, command_parser, parse, run
 from ssr_fast.engine.environment import environment, missing
-from ssr_kernels import align, dwconv, library, segloss
+from ssr_kernels import align, contrast, dwconv, library, segloss
 from ssr_kernels.registry import BACKENDS
 
-OPS = (*align.OPS, *dwconv.OPS, *segloss.OPS)
+OPS = (*align.OPS, *contrast.OPS, *dwconv.OPS, *segloss.OPS)
 
 
 def gather() -> dict[str, Any]:

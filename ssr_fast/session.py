@@ -7,7 +7,6 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,35 @@ from rich.console import Console
 from torch import nn
 
 from ssr_fast.config import TrainConfig
-from ssr_fast.data.index import Index, Sample, build_index, total_counts
+from ssr_fast.data.index import Index, Sample
 from ssr_fast.data.index_cache import Report
 from ssr_fast.data.layouts import read_image
-from ssr_fast.data.plan import Plan
-from ssr_fast.data.scenes import write_scenes
-from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
+from ssr_fast.domains import load, open_domains
 from ssr_fast.engine import fork_server
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.host_memory import keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
+from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.side_by_side import share, side_by_side
 from ssr_fast.engine.trainer import Branch, Trainer, pick_device
 from ssr_fast.errors import UserError
 from ssr_fast.eval.protocols import Scores, score
 from ssr_fast.eval.run import evaluate_samples
 from ssr_fast.methods.build import build_method
+from ssr_fast.methods.source_free import SourceFreeConfig
 from ssr_fast.models.weights import save_model
 from ssr_fast.presets import ABOUT
 from ssr_fast.report.page import write_report
 from ssr_fast.report.pictures import comparison
 
-STAGE_NAMES = {"supervised": "source_only", "self_training": "self_training", "ssr": "ssr"}
+STAGE_NAMES = {
+    "supervised": "source_only",
+    "self_training": "self_training",
+    "ssr": "ssr",
+    "source_free": "source_free",
+}
 
 
 class Session:
@@ -69,7 +73,8 @@ class Session:
             self._write_head(command)
             if self._in_processes():
                 fork_server.start(__name__)  # while this process checks the data
-        self.source, self.target, self.evaluation = self._indices()
+        self.domains = open_domains(config, self.folder, report)
+        self.evaluation = self.domains.evaluation
         step = max(1, len(self.evaluation.samples) // max(1, config.run.samples))
         self.shown: list[Sample] = list(self.evaluation.samples[::step][: config.run.samples])
         self.protocol = _protocol(self.evaluation, preset)
@@ -114,10 +119,16 @@ class Session:
     def _chains(self) -> list[list[str]]:
         """The stages, those together that one process has to train in this order."""
         stages = list(self.config.stages())
-        if not self._shared_steps():
+        together = ["self_training", "supervised"] if self._shared_steps() else ["supervised"]
+        if self._trains_source_model():
+            together.append("source_free")
+        if len(together) == 1:
             return [[name] for name in stages]
-        others = [[name] for name in stages if name not in ("supervised", "self_training")]
-        return [["self_training", "supervised"], *others]
+        return [together, *([name] for name in stages if name not in together)]
+
+    def _trains_source_model(self) -> bool:
+        """Whether the supervised stage trains what the source-free stage starts from."""
+        return {"supervised", "source_free"} <= set(self.config.stages())
 
     def _train_side_by_side(self, pending: list[str], stop: StopSignal) -> None:
         """The stages in processes of their own, the last one, which takes longest, first.
@@ -164,9 +175,10 @@ class Session:
             model=config.model,
             self_training=config.self_training,
             ssr=config.ssr,
+            source_free=self._source_free(),
             sam=config.sam,
-            classes=self.source.classes,
-            counts=[int(count) for count in total_counts(self.source.samples)],
+            classes=self.evaluation.classes,
+            counts=self.domains.source_counts(),
             seed=config.run.seed,
             device=self.device,
         )
@@ -176,10 +188,10 @@ class Session:
             branch = Branch(shared, *self._records(STAGE_NAMES["supervised"]))
         trainer = Trainer(
             method,
-            self._load,
+            lambda first, last: load(config, self.domains, first, last, self.device.type == "cuda"),
             self._evaluate,
             run=config.run,
-            optim=config.optim,
+            optim=self._optim(name),
             store=store,
             log=log,
             stop=stop,
@@ -205,6 +217,18 @@ class Session:
             "skipped_steps": int(trainer.guard.skipped),
         }
 
+    def _optim(self, name: str) -> OptimConfig:
+        """The optimiser's options for the stage of a method."""
+        factor = self.config.source_free.lr_factor if name == "source_free" else 1.0
+        return dataclasses.replace(self.config.optim, lr=self.config.optim.lr * factor)
+
+    def _source_free(self) -> SourceFreeConfig:
+        """The options of source-free adaptation, with the source model that this run has trained where it does."""
+        config = self.config.source_free
+        if not self._trains_source_model():
+            return config
+        return dataclasses.replace(config, model=str(self.folder / "models" / STAGE_NAMES["supervised"]))
+
     def _records(self, stage: str) -> tuple[CheckpointStore, MetricLog]:
         """Where a stage's checkpoints and metrics go."""
         several, run = len(self.config.stages()) > 1, self.config.run
@@ -212,21 +236,6 @@ class Session:
         file = f"metrics-{stage}.jsonl" if several else "metrics.jsonl"
         store = CheckpointStore(checkpoints / stage if several else checkpoints, run.keep)
         return store, MetricLog(self.folder, stage, run.log_every, file=file)
-
-    def _load(self, first: int, last: int) -> Iterator[Batch]:
-        data = self.config.data
-        plan = Plan(
-            self.config.run.seed,
-            self.source,
-            self.target,
-            data.source.resize,
-            data.target.resize,
-            data.crop,
-            data.batch_size,
-            data.sampling,
-        )
-        dataset = StepDataset(plan, self.source, self.target, cache=data.cache)
-        return load_steps(dataset, first, last, data.workers, self.device.type == "cuda")
 
     def _evaluate(self, student: nn.Module) -> Scores:
         matrix = evaluate_samples(
@@ -271,26 +280,6 @@ class Session:
             picture = comparison(read_image(sample.image), truth, predictions, self.evaluation.classes)
             Image.fromarray(picture).save(self.folder / "samples" / f"{number:02d}.png")
 
-    def _indices(self) -> tuple[Index, Index, Index]:
-        """Check the data sets, or draw the scenes and check them like any other."""
-        data = self.config.data
-        domains = {"source": data.source, "target": data.target, "evaluation": data.evaluation}
-        if data.scenes is not None:
-            write_scenes(self.folder / "scenes", data.scenes)
-            for name, domain in domains.items():
-                root = str(self.folder / "scenes" / name)
-                domains[name] = dataclasses.replace(domain, root=root, layout="folder", split="all")
-        source, target, evaluation = (
-            build_index(domain, name != "target", f"data.{name}", report=self.report)
-            for name, domain in domains.items()
-        )
-        if source.classes.names != evaluation.classes.names:
-            raise UserError(
-                f"--data.source.root has the classes {', '.join(source.classes.names)} and --data.evaluation.root "
-                f"{', '.join(evaluation.classes.names)}: they must be the same"
-            )
-        return source, target, evaluation
-
     def _meta(self) -> dict[str, Any]:
         """What the shipped model's config.json says beside the network."""
         classes = self.evaluation.classes
@@ -320,8 +309,7 @@ class Session:
         classes = self.evaluation.classes
         return {
             "preset": self.preset,
-            "title": f"{self.preset}: {len(self.source.samples)} source, {len(self.target.samples)} target, "
-            f"{len(self.evaluation.samples)} evaluation images",
+            "title": f"{self.preset}: {self.domains}",
             "about": ABOUT.get(self.preset, ""),
             "protocol": self.protocol,
             "classes": {"names": list(classes.names), "colors": [list(color) for color in classes.colors]},

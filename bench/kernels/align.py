@@ -221,7 +221,8 @@ def _compiled(task: Task) -> Pair:
     return by_autograd(partial(compiled, *Arguments.of(task.inputs).ordered()), task.inputs)
 
 
-def _against_compile(task: Task) -> list[str]:
+def against_compile(task: Task) -> list[str]:
+    """Why torch.compile cannot be a provider here."""
     if task.setting.device.type == "cuda":
         return []
     if task.setting.quick:
@@ -304,7 +305,7 @@ LIGER_HOOKS = ("its forward differentiates with torch.func, which refuses saved-
 
 PROVIDERS = (
     Provider(EAGER, _eager),
-    Provider(COMPILED, _compiled, _against_compile),
+    Provider(COMPILED, _compiled, against_compile),
     Provider("liger", partial(_liger, False), _against_liger, LIGER_IN_GRAPHS, LIGER_HOOKS),
     Provider("liger 1 chunk", partial(_liger, True), _against_liger, LIGER_IN_GRAPHS, LIGER_HOOKS),
     Provider("triton", partial(_ours, "triton"), partial(_against_ours, "triton"), ours=True),

@@ -37,10 +37,10 @@ def fold(key: Tensor, value: int | Tensor) -> Tensor:
 
     Args:
         key: int64 scalar tensor.
-        value: non-negative number below 2^31, or an int64 scalar tensor on the key's device.
+        value: non-negative number below 2^31, or an int64 tensor of such on the key's device.
 
     Returns:
-        int64 scalar tensor in [0, 2^32) on the key's device.
+        int64 tensor in [0, 2^32) on the key's device, scalar where value is.
     """
     return _mix((_mix(key & _MASK) + _GOLDEN + value) & _MASK)
 
@@ -59,6 +59,18 @@ def uniform(key: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
     count = 1
     for size in shape:
         count *= size
+    return ((bits(fold(key, stream), count) >> 8).to(torch.float32) * (1.0 / (1 << 24))).reshape(*shape)
+
+
+def bits(key: Tensor, count: int) -> Tensor:
+    """32 random bits a position, a pure function of (key, position); no two positions of a key have equal bits.
+
+    Args:
+        key: int64 [..., 1] or scalar tensor of keys.
+        count: number of positions.
+
+    Returns:
+        int64 [..., count] in [0, 2^32) on the key's device.
+    """
     position = torch.arange(count, dtype=torch.int64, device=key.device)
-    bits = _mix((_mix((position * _GOLDEN) & _MASK) ^ fold(key, stream)) & _MASK)
-    return ((bits >> 8).to(torch.float32) * (1.0 / (1 << 24))).reshape(*shape)
+    return _mix((_mix((position * _GOLDEN) & _MASK) ^ key) & _MASK)

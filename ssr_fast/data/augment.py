@@ -3,6 +3,8 @@
 B batch, H W pixels. Images are RGB; "normalised" means (value - MEAN) / STD with values in 0..255.
 """
 
+from typing import TypeVar
+
 import cv2
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from ssr_kernels import counter
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 BLUR_TAPS = 13  # sigma <= 1.15: further taps are below 1e-6
+
+_Ids = TypeVar("_Ids", np.uint8, np.uint16)  # train ids, segment ids
 
 
 def normalise(image: NDArray[np.uint8]) -> Tensor:
@@ -48,11 +52,11 @@ def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.
     return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
 
 
-def resize_label(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """label uint8 [H, W] -> [size[1], size[0]], OpenCV's nearest neighbour."""
+def resize_label(label: NDArray[_Ids], size: tuple[int, int]) -> NDArray[_Ids]:
+    """label uint8 (or segments uint16) [H, W] -> [size[1], size[0]], OpenCV's nearest neighbour."""
     if (label.shape[1], label.shape[0]) == size:
         return label
-    return cv2.resize(label, size, interpolation=cv2.INTER_NEAREST).astype(np.uint8, copy=False)
+    return cv2.resize(label, size, interpolation=cv2.INTER_NEAREST).astype(label.dtype, copy=False)
 
 
 def crop_image(
@@ -71,13 +75,13 @@ def crop_image(
 
 
 def crop_label(
-    label: NDArray[np.uint8], corner: tuple[int, int], size: tuple[int, int], flip: bool
-) -> NDArray[np.uint8]:
-    """Cut a crop out of label [H, W], as `crop_image`; what lies outside is ignored (255)."""
-    return _paste(label, np.full(size, IGNORE, np.uint8), corner, flip)
+    label: NDArray[_Ids], corner: tuple[int, int], size: tuple[int, int], flip: bool, outside: int = IGNORE
+) -> NDArray[_Ids]:
+    """Cut a crop out of label (or segments) [H, W], as `crop_image`; what lies outside is ignored (255)."""
+    return _paste(label, np.full(size, outside, label.dtype), corner, flip)
 
 
-def _paste(array: NDArray[np.uint8], out: NDArray[np.uint8], corner: tuple[int, int], flip: bool) -> NDArray[np.uint8]:
+def _paste(array: NDArray[_Ids], out: NDArray[_Ids], corner: tuple[int, int], flip: bool) -> NDArray[_Ids]:
     x, y = corner
     part = array[y : y + out.shape[0], x : x + out.shape[1]]
     out[: part.shape[0], : part.shape[1]] = part

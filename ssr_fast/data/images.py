@@ -53,7 +53,7 @@ def decode_image(path: Path) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     Raises:
         BadFile: the file cannot be opened, is no image, is damaged, too large, or holds 32-bit values.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         # Before the pixels are loaded the decoder's arguments show the file's depth, of which the mode says nothing:
         # 16-bit RGB opens as RGB, and 16-bit grey as I;16 or, before Pillow 11, as I.
         deep = any(";16" in str(tile) for tile in image.tile)
@@ -75,7 +75,7 @@ def decode_label(path: Path) -> NDArray[np.generic]:
     Raises:
         BadFile: as `decode_image`, or the file is a JPEG, or holds fractions.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if image.format == "JPEG":
             raise BadFile(path, "is a JPEG, which does not keep class ids exact", "store labels as PNG")
         if image.mode in ("RGBA", "LA", "CMYK"):
@@ -97,7 +97,7 @@ def decode_synthia_label(path: Path) -> NDArray[np.generic]:
     Raises:
         BadFile: the file cannot be opened or decoded, or has not three channels.
     """
-    with _opened(path):
+    with opened(path):
         data = np.fromfile(path, np.uint8)
     values = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
     if values is None:
@@ -114,7 +114,7 @@ def decode_synthia_label(path: Path) -> NDArray[np.generic]:
 def palette_color(path: Path, index: int) -> tuple[int, ...] | None:
     """RGB colour at `index` of a file's palette; None if there is no such file, palette or entry."""
     try:
-        with _opened(path) as image:
+        with opened(path) as image:
             palette = image.getpalette("RGB") if image.mode == "P" else None
     except BadFile:
         return None
@@ -122,7 +122,7 @@ def palette_color(path: Path, index: int) -> tuple[int, ...] | None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """The open file, header read and size checked; every decoding error in the body becomes a BadFile."""
     try:
         if os.stat(path).st_size == 0:

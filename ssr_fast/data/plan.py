@@ -91,7 +91,7 @@ class Plan:
 
     Args:
         seed: the run's seed.
-        source, target: the checked data sets.
+        source, target: the checked data sets; without a source its part of every step is empty.
         source_box, target_box: resize boxes (width, height) or None.
         crop: (height, width) of a crop; None takes the whole resized image (all images of one size then).
         batch: images a domain and rank.
@@ -101,7 +101,7 @@ class Plan:
     def __init__(
         self,
         seed: int,
-        source: Index,
+        source: Index | None,
         target: Index,
         source_box: tuple[int, int] | None,
         target_box: tuple[int, int] | None,
@@ -110,20 +110,21 @@ class Plan:
         sampling: SamplingConfig,
     ) -> None:
         self.seed, self.batch, self.crop, self.sampling = seed, batch, crop, sampling
-        self._source_sizes = [fitted_size(s.width, s.height, source_box) for s in source.samples]
+        samples = source.samples if source is not None else ()
+        self._source_sizes = [fitted_size(s.width, s.height, source_box) for s in samples]
         self._target_sizes = [fitted_size(s.width, s.height, target_box) for s in target.samples]
         self._order = functools.lru_cache(maxsize=4)(self._draw_order)
         self._probabilities, self._files = None, None
-        if sampling.rare_class:
-            counts = np.array([sample.counts for sample in source.samples], np.int64)  # [files, K]
+        if sampling.rare_class and samples:
+            counts = np.array([sample.counts for sample in samples], np.int64)  # [files, K]
             self._probabilities = rare_class_probabilities(counts.sum(0), sampling.temperature)
-            share = counts / np.array([[s.width * s.height] for s in source.samples])
+            share = counts / np.array([[s.width * s.height] for s in samples])
             self._files = [_files_with(share[:, k], sampling.min_share) for k in range(counts.shape[1])]
 
     def __call__(self, step: int, rank: int = 0, world: int = 1) -> StepPlan:
         """The views of `rank` in `step` (both counted from 0) among `world` ranks."""
         first = (step * world + rank) * self.batch
-        source = tuple(self._source_view(first + slot) for slot in range(self.batch))
+        source = tuple(self._source_view(first + slot) for slot in range(self.batch if self._source_sizes else 0))
         target = tuple(self._target_view(first + slot) for slot in range(self.batch))
         return StepPlan(source, target)
 

@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from ssr_fast.data.images import read_image
 from ssr_fast.data.index import DomainConfig, Index
 from ssr_fast.data.plan import Plan, SamplingConfig, View, acceptable
 from ssr_fast.data.scenes import ScenesConfig
+from ssr_fast.data.segments import SegmentStore
 from ssr_fast.errors import UserError
+
+_Pixels = TypeVar("_Pixels", np.uint8, np.uint16)
 
 
 @dataclass(kw_only=True)
@@ -42,11 +46,19 @@ class DataConfig:
     """Processes that read samples; 0 reads in the training process."""
     cache: bool = False
     """Keep decoded images and labels in memory (each worker keeps its own): for data sets of a few hundred images."""
+    segments: str = ""
+    """Segment store of the target set, made by `python -m ssr_fast.prepare masks`, for a method that learns from
+    segments; empty: the folder `segments` in the target set's root."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How samples are drawn."""
 
-    def problems(self, where: str) -> list[str]:
-        """Sentences about illegal values; empty if all is well."""
+    def problems(self, where: str, reads_source: bool = True) -> list[str]:
+        """Sentences about illegal values; empty if all is well.
+
+        Args:
+            where: prefix of the options' names.
+            reads_source: whether the methods learn from a source.
+        """
         found = self.sampling.problems(f"{where}.sampling")
         if self.scenes is not None:
             found += self.scenes.problems(f"{where}.scenes")
@@ -58,8 +70,14 @@ class DataConfig:
                     f"--{where}.{name}.root {domain.root} contradicts --{where}.scenes, which draws the data: "
                     f"leave one out (--{where}.scenes null reads from folders; the preset `folder` is made for that)"
                 )
-            if self.scenes is None and not domain.root:
+            missing = self.scenes is None and not domain.root
+            if missing and (reads_source or name != "source"):
                 found.append(f"--{where}.{name}.root is missing: give the folder of the {name} data set")
+        if self.source.root and not reads_source:
+            found.append(
+                f"--{where}.source.root {self.source.root} has no effect with --method.name source_free, which reads "
+                "no source data: leave it out"
+            )
         if min(self.crop) < 32:
             found.append(f"--{where}.crop must be at least 32 32 (it is {self.crop[0]} {self.crop[1]})")
         if self.batch_size < 1:
@@ -74,11 +92,13 @@ class Batch:
     """One step's samples.
 
     Attributes:
-        source_image: uint8 [B, H, W, 3] RGB.
-        source_label: uint8 [B, H, W], 255 ignored.
+        source_image: uint8 [B, H, W, 3] RGB; B is 0 for a method without source data.
+        source_label: uint8 [B, H, W], 255 ignored; likewise.
         target_image: uint8 [B, H, W, 3] RGB.
         target_valid: bool [B, H, W], False where the crop lies outside the image.
         source_features: float32 [B, D, h, w], the frozen encoder's of the source images where a method keeps them.
+        target_segments: int32 [B, H, W], ids of the target's segments, each image's its own, where a method learns from
+            them; 0 where there is no segment, and outside of the image.
     """
 
     source_image: Tensor
@@ -86,6 +106,7 @@ class Batch:
     target_image: Tensor
     target_valid: Tensor
     source_features: Tensor | None = None
+    target_segments: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device, without waiting for the copies."""
@@ -101,29 +122,49 @@ class Batch:
 
 
 class StepDataset(Dataset[Batch]):
-    """Item `step` is the batch of that step for one rank."""
+    """Item `step` is the batch of that step for one rank.
+
+    Args:
+        plan: which samples.
+        source, target: the checked data sets; without a source its part of a batch has 0 images.
+        rank, world: of this process.
+        cache: keep decoded and resized images, labels and segments.
+        segments: of the target; None leaves `target_segments` None.
+    """
 
     def __init__(
-        self, plan: Plan, source: Index, target: Index, rank: int = 0, world: int = 1, cache: bool = False
+        self,
+        plan: Plan,
+        source: Index | None,
+        target: Index,
+        rank: int = 0,
+        world: int = 1,
+        cache: bool = False,
+        segments: SegmentStore | None = None,
     ) -> None:
         self.plan, self.source, self.target = plan, source, target
-        self.rank, self.world = rank, world
-        self._cache: dict[tuple[str, int], NDArray[np.uint8]] | None = {} if cache else None
+        self.rank, self.world, self.segments = rank, world, segments
+        self._cache: dict[tuple[str, int], NDArray[Any]] | None = {} if cache else None
 
     def __getitem__(self, step: int) -> Batch:
         plan = self.plan(step, self.rank, self.world)
-        source = [self._source(view) for view in plan.source]
+        source = [self._source(view, self.source) for view in plan.source] if self.source is not None else []
         target = [self._target(view) for view in plan.target]
+        segments = None
+        if self.segments is not None:
+            cuts = [self._target_segments(view, self.segments) for view in plan.target]
+            segments = torch.from_numpy(np.stack(cuts).astype(np.int32))  # PyTorch does next to nothing in uint16
         return Batch(
-            torch.from_numpy(np.stack([image for image, _ in source])),
-            torch.from_numpy(np.stack([label for _, label in source])),
+            _stack([image for image, _ in source], (*self.plan.crop, 3)),
+            _stack([label for _, label in source], self.plan.crop),
             torch.from_numpy(np.stack([image for image, _ in target])),
             torch.from_numpy(np.stack([valid for _, valid in target])),
+            target_segments=segments,
         )
 
-    def _source(self, view: View) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    def _source(self, view: View, index: Index) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """The first candidate crop that satisfies the view's conditions, else the last."""
-        image, label = self._image(self.source, view), self._label(view)
+        image, label = self._image(index, view), self._label(index, view)
         size = self.plan.crop
         for corner in view.corners:
             cut = crop_label(label, corner, size, view.flip)
@@ -137,27 +178,39 @@ class StepDataset(Dataset[Batch]):
         inside = crop_label(np.zeros(image.shape[:2], np.uint8), corner, size, view.flip) == 0
         return crop_image(image, corner, size, view.flip), inside
 
+    def _target_segments(self, view: View, store: SegmentStore) -> NDArray[np.uint16]:
+        """The segments of a target view, resized, cut and flipped as a label is."""
+        sample = self.target.samples[view.index]
+
+        def read() -> NDArray[np.uint16]:
+            return resize_label(store.read(sample.image, (sample.width, sample.height)), view.size)
+
+        segments = self._kept((sample.image, 2), read)
+        return crop_label(segments, view.corners[0], self.plan.crop, view.flip, outside=0)
+
     def _image(self, index: Index, view: View) -> NDArray[np.uint8]:
         path = index.samples[view.index].image
-        key = (path, 0)
-        if self._cache is not None and key in self._cache:
-            return self._cache[key]
-        image = resize_image(read_image(path), view.size)
-        if self._cache is not None:
-            self._cache[key] = image
-        return image
+        return self._kept((path, 0), lambda: resize_image(read_image(path), view.size))
 
-    def _label(self, view: View) -> NDArray[np.uint8]:
-        sample = self.source.samples[view.index]
-        if sample.label is None:
+    def _label(self, index: Index, view: View) -> NDArray[np.uint8]:
+        sample = index.samples[view.index]
+        label = sample.label
+        if label is None:
             raise UserError(f"{sample.image} has no label: the source needs one for every image")
-        key = (sample.label, 1)
-        if self._cache is not None and key in self._cache:
-            return self._cache[key]
-        label = resize_label(self.source.layout.read_label(sample.label), view.size)
-        if self._cache is not None:
-            self._cache[key] = label
-        return label
+        return self._kept((label, 1), lambda: resize_label(index.layout.read_label(label), view.size))
+
+    def _kept(self, key: tuple[str, int], read: Callable[[], NDArray[_Pixels]]) -> NDArray[_Pixels]:
+        """What `read` returns, from the cache if there is one."""
+        if self._cache is None:
+            return read()
+        if key not in self._cache:
+            self._cache[key] = read()
+        return self._cache[key]
+
+
+def _stack(arrays: list[NDArray[np.uint8]], shape: tuple[int, ...]) -> Tensor:
+    """[len(arrays), *shape], also of none."""
+    return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty((0, *shape), dtype=torch.uint8)
 
 
 class _Reported(Dataset[Batch | UserError]):

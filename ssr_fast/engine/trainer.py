@@ -160,7 +160,7 @@ class Trainer:
             for step, batch in enumerate(self.load(self.done, self.run.steps), self.done):
                 terms = self.train_step(self.method.prepare(batch).to(self.device), step)
                 self.done = step + 1
-                images = 2 * batch.source_image.shape[0]
+                images = batch.source_image.shape[0] + batch.target_image.shape[0]
                 row = self.log.add(self.done, {**terms, "lr": self.rate, "images": images})
                 progress.update(self.done, row)
                 if row is not None and row["skipped"] >= self.done and self.done >= 2:

@@ -15,7 +15,7 @@ from ssr_fast.models.segmentor import Segmentor
 from ssr_kernels import counter
 from ssr_kernels.segloss import segloss
 
-METHODS = ("supervised", "self_training", "ssr")
+METHODS = ("supervised", "self_training", "ssr", "source_free")
 
 
 @dataclass(kw_only=True)
@@ -23,7 +23,8 @@ class MethodConfig:
     """The training method; the options `--method.*`."""
 
     name: str = "self_training"
-    """supervised (source only), self_training (DAFormer's), or ssr (self_training with SAM as the regulariser)."""
+    """supervised (source only), self_training (DAFormer's), ssr (self_training with SAM as the regulariser), or
+    source_free (a trained model adapts to the target without source data)."""
     class_weight: str = "none"
     """Weight of a class in the cross-entropy: none, or inverse_sqrt of its share of the source pixels (mean 1)."""
 

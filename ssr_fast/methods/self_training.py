@@ -21,28 +21,45 @@ from ssr_kernels.segloss import pseudo_label
 
 
 @dataclass(kw_only=True)
-class SelfTrainingConfig:
-    """Self-training; the options `--self_training.*`."""
+class TeacherConfig:
+    """Teacher, pseudo-labels and augmentation: what every method with a teacher can be told."""
 
-    start_step: int = 0
-    """Step from which pseudo-labels are used; before it the student learns from the source alone."""
     momentum: float = 0.999
     """Final rate of the teacher's moving average."""
     threshold: float = 0.968
-    """A pseudo-label counts as confident from this probability on; the share of such pixels weighs the target."""
+    """A pseudo-label counts as confident from this probability on."""
     ignore_top: float = 15 / 512
     """Share of a crop's rows at the top whose pseudo-labels weigh nothing."""
     ignore_bottom: float = 120 / 512
     """Share of a crop's rows at the bottom whose pseudo-labels weigh nothing (the car's bonnet in Cityscapes)."""
-    feature_distance: float = 0.005
-    """Weight of the distance of stage-4 features to the frozen initial backbone on thing classes; 0 switches it off.
-    It needs pretrained `--model.weights`."""
     jitter: float = 0.2
-    """Strength of the colour jitter on the mixed image."""
+    """Strength of the colour jitter on the student's image."""
     jitter_probability: float = 0.8
     """Probability of the colour jitter."""
     blur_probability: float = 0.5
     """Probability of the Gaussian blur."""
+
+    def problems(self, where: str) -> list[str]:
+        """Sentences about illegal values; empty if all is well."""
+        found = []
+        for name in ("momentum", "threshold", "ignore_top", "ignore_bottom", "jitter_probability", "blur_probability"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                found.append(f"--{where}.{name} must lie in [0, 1] (it is {getattr(self, name)})")
+        if not 0.0 <= self.jitter <= 0.5:
+            found.append(f"--{where}.jitter must lie in [0, 0.5] (it is {self.jitter})")
+        return found
+
+
+@dataclass(kw_only=True)
+class SelfTrainingConfig(TeacherConfig):
+    """Self-training on source and target; the options `--self_training.*`. The share of confident pixels weighs the
+    target's part of the mixed image."""
+
+    start_step: int = 0
+    """Step from which pseudo-labels are used; before it the student learns from the source alone."""
+    feature_distance: float = 0.005
+    """Weight of the distance of stage-4 features to the frozen initial backbone on thing classes; 0 switches it off.
+    It needs pretrained `--model.weights`."""
 
     def supervised_steps(self) -> int:
         """Number of first steps in which self-training is the supervised method, bit for bit."""
@@ -50,17 +67,19 @@ class SelfTrainingConfig:
 
     def problems(self, where: str) -> list[str]:
         """Sentences about illegal values; empty if all is well."""
-        found = []
+        found = super().problems(where)
         if self.start_step < 0:
             found.append(f"--{where}.start_step must not be negative (it is {self.start_step})")
-        for name in ("momentum", "threshold", "ignore_top", "ignore_bottom", "jitter_probability", "blur_probability"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                found.append(f"--{where}.{name} must lie in [0, 1] (it is {getattr(self, name)})")
-        if not 0.0 <= self.jitter <= 0.5:
-            found.append(f"--{where}.jitter must lie in [0, 0.5] (it is {self.jitter})")
         if self.feature_distance < 0:
             found.append(f"--{where}.feature_distance must not be negative (it is {self.feature_distance})")
         return found
+
+
+def row_mask(config: TeacherConfig, height: int, device: torch.device) -> Tensor:
+    """bool [1, H, 1]: rows whose pseudo-labels count."""
+    row = torch.arange(height, device=device).view(1, height, 1)
+    top, bottom = round(config.ignore_top * height), round(config.ignore_bottom * height)
+    return (row >= top) & (row < height - bottom)
 
 
 @dataclass(frozen=True)
@@ -171,7 +190,7 @@ class SelfTraining(Method):
         if adapting:
             label, _, count = pseudo_label(rows(self.teacher(target)), (height, width), self.config.threshold)
             confident = count.to(torch.float32) / label.numel()
-            valid = batch.target_valid & self._row_mask(height, target.device)
+            valid = batch.target_valid & row_mask(self.config, height, target.device)
             mask = class_masks(batch.source_label, self.class_count, counter.fold(key, 1))
             weight = torch.where(mask, 1.0, confident * valid)
             label = paste(mask, batch.source_label, label)
@@ -184,12 +203,6 @@ class SelfTraining(Method):
             target, counter.fold(key, 2), config.jitter, config.jitter_probability, config.blur_probability
         )
         return Mixed(image, label, weight, confident)
-
-    def _row_mask(self, height: int, device: torch.device) -> Tensor:
-        """bool [1, H, 1]: rows whose pseudo-labels count."""
-        row = torch.arange(height, device=device).view(1, height, 1)
-        top, bottom = round(self.config.ignore_top * height), round(self.config.ignore_bottom * height)
-        return (row >= top) & (row < height - bottom)
 
     def feature_distance(self, output: SegmentorOutput, source: Tensor, label: Tensor) -> Tensor:
         """Weighted mean L2 distance of the student's stage-4 features to the frozen backbone's on thing regions.

@@ -16,12 +16,14 @@ class Teacher(nn.Module):
     Args:
         student: the network to follow; the teacher starts as its copy.
         momentum: the EMA's final rate.
+        ramp: start with a rate of 0 that rises (DAFormer's, for a student that knows nothing yet); else the rate is
+            `momentum` from the first step on.
     """
 
-    def __init__(self, student: Segmentor, momentum: float) -> None:
+    def __init__(self, student: Segmentor, momentum: float, ramp: bool = True) -> None:
         super().__init__()
         self.net = copy.deepcopy(student).requires_grad_(False)
-        self.momentum = momentum
+        self.momentum, self.ramp = momentum, ramp
         for module in self.net.modules():
             if isinstance(module, DropPath | ChannelDropout):
                 module.p = 0.0
@@ -32,8 +34,9 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, student: Segmentor, step: int) -> None:
-        """teacher = alpha teacher + (1 - alpha) student, alpha = min(1 - 1 / (step + 1), momentum); parameters only."""
-        alpha = min(1.0 - 1.0 / (step + 1), self.momentum)
+        """teacher = alpha teacher + (1 - alpha) student, parameters only; alpha is momentum or, with a ramp, at most
+        1 - 1 / (step + 1)."""
+        alpha = min(1.0 - 1.0 / (step + 1), self.momentum) if self.ramp else self.momentum
         mine: list[Tensor] = list(self.net.parameters())
         theirs: list[Tensor] = list(student.parameters())
         torch._foreach_lerp_(mine, theirs, 1.0 - alpha)

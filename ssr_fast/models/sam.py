@@ -156,12 +156,12 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def finish(self, features: Tensor) -> Tensor:
-        """The encoder's output [B, D, h, w] of a whole batch -> what is aligned to, [B, h, w, D]."""
+        """The encoder's output [B, D, h, w] of a whole batch -> what is aligned to, dense [B, h, w, D]."""
         features = features.permute(0, 2, 3, 1)
         if self.standardise:
             std, mean = torch.std_mean(features, dim=(0, 1, 2), keepdim=True, correction=0)
             features = (features - mean) / (std + 1e-6)
-        return features
+        return features.contiguous()  # the kernels take rows; the encoder's convolutions end in planes
 
     @torch.no_grad()
     def channels(self) -> int:
@@ -203,7 +203,25 @@ def _custom(name: str) -> nn.Module:
     return encoder
 
 
-def _sha256(path: Path) -> str:
+def published_digest(path: Path, option: str) -> str | None:
+    """The sha256 of a file that is named like one segment-anything publishes; None for other names and no file.
+
+    Raises:
+        UserError: it is not that file.
+    """
+    if path.name not in KNOWN_FILES or not path.is_file():
+        return None
+    digest = sha256(path)
+    if digest != KNOWN_FILES[path.name]:
+        raise UserError(
+            f"{option} {path} is damaged: its sha256 is {digest[:12]}..., "
+            f"segment-anything's is {KNOWN_FILES[path.name][:12]}...; download it again"
+        )
+    return digest
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -213,13 +231,7 @@ def _sha256(path: Path) -> str:
 
 def _load(encoder: nn.Module, path: Path, name: str) -> None:
     """Load `image_encoder.*` (segment-anything's files) or bare keys (ours) strictly."""
-    if path.name in KNOWN_FILES and path.is_file():
-        digest = _sha256(path)
-        if digest != KNOWN_FILES[path.name]:
-            raise UserError(
-                f"--sam.checkpoint {path} is damaged: its sha256 is {digest[:12]}..., "
-                f"segment-anything's is {KNOWN_FILES[path.name][:12]}...; download it again"
-            )
+    published_digest(path, "--sam.checkpoint")
     tensors = read_tensors(path)
     prefix = "image_encoder."
     if any(key.startswith(prefix) for key in tensors):

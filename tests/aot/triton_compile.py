@@ -82,7 +82,7 @@ def _type(
     return "i32"
 
 
-def compile_all(launches: Sequence[Launch], capabilities: Sequence[int], timeout: int = 280) -> list[dict[str, Any]]:
+def compile_all(launches: Sequence[Launch], capabilities: Sequence[int], timeout: int = 1500) -> list[dict[str, Any]]:
     """Compile every launch for every capability, in one program that forks: see measure for the keys of a row."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.aot.triton_compile"],

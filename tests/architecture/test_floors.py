@@ -20,9 +20,9 @@ FLOORS = (
     ("engine",),
     ("config",),
     ("presets",),
-    ("options",),
+    ("options", "domains"),
     ("session", "shipped", "commandline"),
-    ("arguments",),
+    ("arguments", "prepare_check", "prepare_masks"),
     ("train", "evaluate", "predict", "prepare", "export", "info"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

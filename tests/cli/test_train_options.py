@@ -60,7 +60,8 @@ def test_every_config_field_is_read_somewhere():
 def test_the_guess_that_stages_will_train_side_by_side(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "_GPU", tmp_path / "none")
     for preset, build in PRESETS.items():
-        assert train.several_processes_likely([preset]) == (len(build().stages()) > 1), preset
+        stages = build().stages()  # source_free waits for its source model, so it trains in one process with it
+        assert train.several_processes_likely([preset]) == (len(stages) > 1 and "source_free" not in stages), preset
     for text, likely in {
         "": True,
         "--resume": True,
@@ -86,7 +87,7 @@ def test_what_is_imported_before_the_fork_server_starts_is_quick_to_import():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_legal_once_their_files_are_named(preset):
     config = PRESETS[preset]()
-    allowed = ("root", "checkpoint is missing", "feature_distance")
+    allowed = ("root", "checkpoint is missing", "feature_distance", "source_free.model is missing")
     assert [p for p in problems(config) if not any(word in p for word in allowed)] == []
 
 
@@ -265,3 +266,34 @@ def test_the_process_exits_with_2_and_prints_no_traceback(tmp_path):
     assert process.returncode == 2
     assert re.fullmatch(r"error: unknown option --run\.stpes: did you mean --run\.steps\?\n", err), err
     assert not (tmp_path / "r").exists()
+
+
+FREE = ["gta5-cityscapes-source-free", "--data.target.root", "/c", "--source_free.model", "m.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (FREE[:3], ["--source_free.model is missing", "model.safetensors"]),
+        ([*FREE, "--data.source.root", "/gta5"], ["--data.source.root /gta5", "no effect", "reads no source"]),
+        ([*FREE, "--method.class_weight", "inverse_sqrt"], ["--method.class_weight", "does not read"]),
+        ([*FREE, "--model.backbone", "mit_b0"], ["--model.backbone", "no effect", "source_free"]),
+        ([*FREE, "--self_training.momentum", "0.9"], ["--self_training.momentum", "no effect"]),
+        ([*FREE, "--source_free.contrast_start", "40000"], ["--source_free.contrast_start", "--run.steps 40000"]),
+        ([*FREE, "--source_free.majority", "0.5"], ["--source_free.majority", "(0.5, 1]"]),
+        ([*FREE, "--source_free.contrast", "0", "--data.segments", "/s"], ["--data.segments /s", "no effect"]),
+        (["demo-source-free", "--source_free.model", "x"], ["--source_free.model x", "contradicts", "leave one out"]),
+        (["demo-source-free", "--data.segments", "/s"], ["--data.segments /s", "made with the scenes"]),
+        (["--source_free.contrast", "1"], ["--source_free.contrast", "no effect"]),
+    ],
+)
+def test_mistakes_of_source_free_runs(argv, words):
+    found = lines(argv)
+    assert any(all(word in line for word in words) for line in found), found
+
+
+def test_a_source_free_run_needs_no_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, _, _ = configure(FREE)
+    assert config.stages() == ("source_free",) and not config.reads_source() and config.reads_segments()
+    assert config.data.evaluation.root == "/c"

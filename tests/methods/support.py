@@ -1,5 +1,7 @@
 """A tiny network, batch and encoder for the tests of the methods."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -8,9 +10,10 @@ from ssr_fast.data.torch_loader import Batch
 from ssr_fast.methods.build import build_method
 from ssr_fast.methods.method import MethodConfig
 from ssr_fast.methods.self_training import SelfTrainingConfig
+from ssr_fast.methods.source_free import SourceFree, SourceFreeConfig
 from ssr_fast.methods.ssr import SsrConfig
 from ssr_fast.models.sam import SamConfig
-from ssr_fast.models.segmentor import ModelConfig
+from ssr_fast.models.segmentor import ModelConfig, build_segmentor
 
 K = 5
 CLASSES = ClassSet("five", tuple("abcde"), tuple((i, i, i) for i in range(K)), (3, 4))
@@ -39,7 +42,21 @@ def make_batch(size=(64, 96), count=2, seed=0):
     label = torch.randint(0, K, (count, size[0] // 16, size[1] // 16), generator=generator, dtype=torch.uint8)
     label = label.repeat_interleave(16, 1).repeat_interleave(16, 2)
     label[:, :3] = 255
-    return Batch(image[0], label, image[1], torch.ones(count, *size, dtype=torch.bool))
+    segments = torch.randint(0, 12, (count, size[0] // 8, size[1] // 8), generator=generator, dtype=torch.int32)
+    segments = segments.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    return Batch(image[0], label, image[1], torch.ones(count, *size, dtype=torch.bool), target_segments=segments)
+
+
+def without_source(batch):
+    """The batch that a method without source data gets."""
+    return dataclasses.replace(batch, source_image=batch.source_image[:0], source_label=batch.source_label[:0])
+
+
+def make_source_free(seed=0, **options):
+    """The method on a source model of its own, with thresholds that a network without training can meet."""
+    values = {"threshold": 0.1, "majority": 0.51, "projection": 16, "segments": 8, "pixels": 6, **options}
+    student = build_segmentor(ModelConfig(backbone="mit_tiny", head="segformer", channels=16), K, seed)
+    return SourceFree(student, torch.ones(256), seed, SourceFreeConfig(**values), K).train()
 
 
 def make_method(name, seed=0, *, ssr=None, weights="none", model=None, features="online", **self_training):
@@ -50,6 +67,7 @@ def make_method(name, seed=0, *, ssr=None, weights="none", model=None, features=
         model=model or ModelConfig(backbone="mit_tiny", channels=16, drop_path=0.2),
         self_training=SelfTrainingConfig(**values),
         ssr=ssr or SsrConfig(),
+        source_free=SourceFreeConfig(),
         sam=SamConfig(encoder="tests.methods.support:tiny_encoder", features=features),
         classes=CLASSES,
         counts=[100, 50, 25, 13, 12],

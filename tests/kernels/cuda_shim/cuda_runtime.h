@@ -1,4 +1,4 @@
-// Enough of CUDA to run csrc/align.cu as host C++, one block after another, for tests without a GPU.
+// Enough of CUDA to run csrc/*.cu as host C++, one block after another, for tests without a GPU.
 // A thread is a fiber that runs until its next barrier, threads and warps in random order: what a missing barrier
 // leaves to chance goes wrong here. Shared memory starts as NaN, and what is written behind its end is found.
 // Asynchronous copies land at random, either at once or when they are waited for. A mistake ends the process with one
@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -183,6 +184,13 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+template <typename V>
+V atomicAdd(V *to, V value) {  // a fiber runs alone
+  shim::check(shim::aligned(to, sizeof(V)), "a misaligned atomic");
+  const V old = *to;
+  *to = old + value;
+  return old;
+}
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
@@ -214,13 +222,25 @@ template <typename F>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, F *, int, size_t) {
   return *blocks = 1, cudaSuccess;
 }
-template <typename P>
-cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 block, void **arguments, size_t bytes, cudaStream_t) {
-  static void (*launched)(P);
+inline cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
+  return std::memset(to, value, bytes), cudaSuccess;
+}
+
+namespace shim {
+template <typename... P, size_t... I>
+void call(void (*kernel)(P...), void **arguments, std::index_sequence<I...>) {
+  kernel(*static_cast<P *>(arguments[I])...);
+}
+}  // namespace shim
+
+template <typename... P>
+cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void **arguments, size_t bytes, cudaStream_t) {
+  static void (*launched)(P...);
   launched = kernel;
+  shim::check(grid.x > 0 && block.x > 0 && block.x <= 1024, "a launch of no blocks, or of too many threads");
   shim::check(bytes <= static_cast<size_t>(std::min(shim::asked_shared, shim::shared_limit)), "too much shared memory");
-  shim::body = [](void *parameter) { launched(*static_cast<P *>(parameter)); };
-  shim::argument = arguments[0];
+  shim::body = [](void *all) { shim::call(launched, static_cast<void **>(all), std::index_sequence_for<P...>()); };
+  shim::argument = arguments;
   gridDim = grid;
   for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
     std::memset(shared, shim::kPoison, bytes);

@@ -1,0 +1,136 @@
+"""Makes the maps of a store, image by image, in this process or in several; the result does not depend on how many.
+
+H W pixels.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssr_fast.data.images import BadFile, opened, read_image
+from ssr_fast.data.segments import SegmentStore
+from ssr_fast.errors import UserError
+
+Generator = Callable[[Path, NDArray[np.uint8]], NDArray[np.uint16]]
+"""(path, RGB uint8 [H, W, 3]) -> segments uint16 [H, W]; raises BadFile for an image that it cannot do."""
+
+Visit = Callable[[Path, NDArray[np.uint8], NDArray[np.uint16]], None]
+"""Takes (path, image, segments) of every image, in the process that did it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image.
+
+    Args:
+        image: its path.
+        kind: made, kept (a whole map was there) or failed.
+        message: why it failed, or why a map that was there was made again; a sentence, else empty.
+        segments: in the new map.
+        covered: share of its pixels that lie in a segment.
+    """
+
+    image: Path
+    kind: Literal["made", "kept", "failed"]
+    message: str = ""
+    segments: int = 0
+    covered: float = 0.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image and what makes its map."""
+
+    image: Path
+    generate: Generator
+
+
+def make_maps(
+    store: SegmentStore, tasks: Sequence[Task], workers: int, overwrite: bool = False, visit: Visit | None = None
+) -> Iterator[Outcome]:
+    """Make every map that is missing, damaged or of another size; in the tasks' order.
+
+    Args:
+        store: where the maps go.
+        tasks: the images.
+        workers: processes; 0 works in this one, which a generator with a network wants.
+        overwrite: make the maps that are there, too.
+        visit: is called for kept maps too.
+
+    Raises:
+        UserError: the store cannot be written, or a process was killed.
+    """
+    job = _Job(store, overwrite, visit)
+    if workers == 0 or len(tasks) < 2:
+        yield from map(job, tasks)
+        return
+    pool = ProcessPoolExecutor(
+        min(workers, len(tasks)), multiprocessing.get_context("spawn"), initializer=_start_process
+    )
+    try:
+        yield from pool.map(job, tasks)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that makes segment maps was killed, probably for want of memory; run the command again with "
+            "fewer --workers, it keeps the maps that are there"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One task's work; goes to the processes."""
+
+    store: SegmentStore
+    overwrite: bool
+    visit: Visit | None
+
+    def __call__(self, task: Task) -> Outcome:
+        try:
+            return self._run(task)
+        except BadFile as error:
+            return Outcome(task.image, "failed", str(error))
+
+    def _run(self, task: Task) -> Outcome:
+        path, message = self.store.path(task.image), ""
+        if not self.overwrite and os.path.lexists(path):
+            with opened(task.image) as header:
+                size = header.size
+            problem = self.store.problem(task.image, size)
+            if problem is None:
+                if self.visit is not None:
+                    self.visit(task.image, read_image(task.image), self.store.read(task.image))
+                return Outcome(task.image, "kept")
+            message = f"the segment map {path} {problem}; it is made again"
+        image = read_image(task.image)
+        segments = task.generate(task.image, image)
+        self.store.write(task.image, segments)
+        if self.visit is not None:
+            self.visit(task.image, image, segments)
+        there = np.bincount(segments.ravel(), minlength=2)
+        return Outcome(task.image, "made", message, int((there[1:] > 0).sum()), 1.0 - float(there[0]) / segments.size)
+
+
+def _start_process() -> None:
+    """Stopping is the parent's affair: Ctrl-C reaches the whole group, and a killed parent must leave no process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)

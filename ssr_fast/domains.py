@@ -1,0 +1,106 @@
+"""The data of a run: source, target and evaluation, the target's segments, and the batches of its steps."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from ssr_fast.config import TrainConfig
+from ssr_fast.data.index import Index, build_index, total_counts
+from ssr_fast.data.index_cache import Report
+from ssr_fast.data.plan import Plan
+from ssr_fast.data.scenes import write_scenes
+from ssr_fast.data.segment_jobs import Task, make_maps
+from ssr_fast.data.segments import SegmentStore, create_store, open_store
+from ssr_fast.data.superpixels import SuperpixelConfig, Superpixels
+from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
+from ssr_fast.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Domains:
+    """What open_domains gives.
+
+    Attributes:
+        source: None where no stage reads it.
+        target: without its labels.
+        evaluation: target images with labels.
+        segments: the target's segment maps; None where no stage reads them.
+    """
+
+    source: Index | None
+    target: Index
+    evaluation: Index
+    segments: SegmentStore | None
+
+    def source_counts(self) -> list[int]:
+        """Source pixels of each class; empty without a source."""
+        return [] if self.source is None else [int(count) for count in total_counts(self.source.samples)]
+
+    def __str__(self) -> str:
+        indices = {"source": self.source, "target": self.target, "evaluation": self.evaluation}
+        return ", ".join(f"{len(index.samples)} {name}" for name, index in indices.items() if index) + " images"
+
+
+def open_domains(config: TrainConfig, folder: Path, report: Report) -> Domains:
+    """Check the data sets, or draw the scenes and check them like any other.
+
+    Args:
+        config: the run's.
+        folder: of the run, in which scenes are drawn.
+        report: takes one-line messages.
+
+    Raises:
+        UserError: data that cannot be used, or source and evaluation of different classes.
+    """
+    data = config.data
+    wanted = {"source": data.source, "target": data.target, "evaluation": data.evaluation}
+    if data.scenes is not None:
+        write_scenes(folder / "scenes", data.scenes)
+        for name, domain in wanted.items():
+            root = str(folder / "scenes" / name)
+            wanted[name] = dataclasses.replace(domain, root=root, layout="folder", split="all")
+    if not config.reads_source():
+        del wanted["source"]
+    found = {
+        name: build_index(domain, name != "target", f"data.{name}", report=report) for name, domain in wanted.items()
+    }
+    source, evaluation = found.get("source"), found["evaluation"]
+    if source is not None and source.classes.names != evaluation.classes.names:
+        raise UserError(
+            f"--data.source.root has the classes {', '.join(source.classes.names)} and --data.evaluation.root "
+            f"{', '.join(evaluation.classes.names)}: they must be the same"
+        )
+    segments = _segments(config, found["target"]) if config.reads_segments() else None
+    return Domains(source, found["target"], evaluation, segments)
+
+
+def load(config: TrainConfig, domains: Domains, first: int, last: int, pin: bool) -> Iterator[Batch]:
+    """Batches of the steps first .. last - 1, on the host; `pin` puts them in page-locked memory."""
+    data = config.data
+    plan = Plan(
+        config.run.seed,
+        domains.source,
+        domains.target,
+        data.source.resize,
+        data.target.resize,
+        data.crop,
+        data.batch_size,
+        data.sampling,
+    )
+    dataset = StepDataset(plan, domains.source, domains.target, cache=data.cache, segments=domains.segments)
+    return load_steps(dataset, first, last, data.workers, pin)
+
+
+def _segments(config: TrainConfig, target: Index) -> SegmentStore:
+    """The target's segment maps; those of scenes are superpixels, made here."""
+    root = target.layout.root
+    if config.data.scenes is None:
+        store = open_store(config.data.segments, root)
+        store.require(target.samples)
+        return store
+    superpixels = Superpixels(SuperpixelConfig())
+    store = create_store(None, root, superpixels.recipe(), overwrite=False)
+    tasks = [Task(Path(sample.image), superpixels) for sample in target.samples]
+    for outcome in make_maps(store, tasks, workers=0):
+        assert outcome.kind != "failed", outcome.message
+    return store
