@@ -76,7 +76,15 @@ def demo_source_free() -> TrainConfig:
     config = demo()
     config.run.stages, config.method.name = SOURCE_FREE, "source_free"
     config.source_free = SourceFreeConfig(
-        momentum=0.95, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, lr_factor=0.1, projection=64, pixels=8
+        momentum=0.99,
+        threshold=0.9,
+        ignore_top=0.0,
+        ignore_bottom=0.0,
+        lr_factor=0.1,
+        contrast=0.3,
+        projection=64,
+        segments=48,
+        pixels=4,
     )
     return config
 
@@ -86,7 +94,14 @@ def camvid_day_dusk_source_free() -> TrainConfig:
     config = camvid_day_dusk()
     config.run.stages, config.method.name = SOURCE_FREE, "source_free"
     config.source_free = SourceFreeConfig(
-        momentum=0.95, threshold=0.9, ignore_top=0.0, ignore_bottom=0.0, lr_factor=0.1, projection=128, pixels=16
+        momentum=0.99,
+        threshold=0.9,
+        ignore_top=0.0,
+        ignore_bottom=0.0,
+        lr_factor=0.1,
+        contrast=0.3,
+        projection=128,
+        pixels=8,
     )
     return config
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "csrc" / "align.cu"
+CSRC = Path(__file__).parents[2] / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 # kernel, architecture: most registers a thread, most bytes of static shared memory, whether it multiplies matrices.
@@ -45,6 +45,8 @@ MANGLED = {
     "adjoint_pass<__nv_bfloat16>": "adjoint_passI13__nv_bfloat16E",
     "adjoint_pass<__half>": "adjoint_passI6__halfE",
 }
+# the sampler: registers and static shared memory of each kernel, on every architecture
+SAMPLER = {"count_sizes": (32, 0), "choose": (64, 0), "sort_tiles": (128, 0), "merge": (40, 0)}
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
@@ -107,17 +109,33 @@ ptxas info    : Used 9 registers
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("architecture", [pytest.param("80", marks=SLOW), "90a", pytest.param("100", marks=SLOW)])
-def test_resources_of_align(architecture, tmp_path):
-    cubin = tmp_path / "align.cubin"
-    words = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
-    done = subprocess.run(
-        [*words, '-DSSR_SOURCES="x"', str(SOURCE), "-o", str(cubin)], capture_output=True, text=True, timeout=280
-    )
+ARCHITECTURES = [pytest.param("80", marks=SLOW), "90a", pytest.param("100", marks=SLOW)]
+
+
+def compiled(source: str, architecture: str, cubin: Path) -> dict[str, tuple[int, int, int]]:
+    """Compile csrc/<source> into `cubin`; what resources reads of ptxas's report."""
+    words = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", '-DSSR_SOURCES="x"']
+    done = subprocess.run([*words, str(CSRC / source), "-o", str(cubin)], capture_output=True, text=True, timeout=280)
     if "Unsupported gpu architecture" in done.stderr or "is not defined for option 'gpu-architecture'" in done.stderr:
         pytest.skip(f"this nvcc does not know sm_{architecture}")
     assert done.returncode == 0, done.stderr
-    used = resources(done.stdout + done.stderr)
+    return resources(done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_resources_of_the_sampler(architecture, tmp_path):
+    used = compiled("contrast.cu", architecture, tmp_path / "contrast.cubin")
+    assert len(used) == len(SAMPLER), list(used)
+    for kernel, (registers, static) in SAMPLER.items():
+        [name] = [name for name in used if f"{len(kernel)}{kernel}E" in name]
+        print(f"sm_{architecture} {kernel}: registers, static shared, spills {used[name]}")
+        assert used[name][0] <= registers and used[name][1] <= static and used[name][2] == 0, (kernel, used[name])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_resources_of_align(architecture, tmp_path):
+    cubin = tmp_path / "align.cubin"
+    used = compiled("align.cu", architecture, cubin)
     disassembly = subprocess.run([tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True)
     multiplies = matrix_instructions(disassembly.stdout)
     budgets = {kernel: row for (kernel, where), row in BUDGET.items() if where == architecture}

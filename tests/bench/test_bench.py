@@ -87,7 +87,7 @@ def test_the_list_names_every_benchmark(capsys):
     ("arguments", "expected"),
     [
         (["kernels.aling"], "no benchmark 'kernels.aling'; did you mean kernels.align?"),
-        (["zzz"], "no benchmark 'zzz'; there is kernels.align"),
+        (["zzz"], "no benchmark 'zzz'; there is kernels.align, kernels.contrast"),
         (["--json", "kernels.align"], "--json takes a file that ends in .json"),
     ],
 )

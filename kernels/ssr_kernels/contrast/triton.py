@@ -1,8 +1,8 @@
-"""The contrastive loss on a GPU in Triton: three launches forward, one or two backward.
+"""The contrastive loss on a GPU in Triton: three launches forward, two backward.
 
-Forward: inverse_norms, row_sums, loss_sum. Backward: row_gradients, and gradient_sums where the columns are split. Few
-rows make few blocks of them, so the columns are split among programs until a large GPU is full. The number of splits
-depends on n and the block sizes alone: results do not depend on the GPU's size.
+Forward: inverse_norms, row_sums, loss_sum. Backward: row_gradients, gradient_sums. Few rows make few blocks of them, so
+the columns are split among programs until a large GPU is full. The number of splits depends on n and the block sizes
+alone: results do not depend on the GPU's size.
 """
 
 import json
@@ -116,15 +116,12 @@ def backward(
     if embedding.numel() == 0:
         return result
     layout = call.layout("row_gradients")
-    whole = layout.splits == 1
-    out = result if whole else float32(embedding, layout.splits, call.n, call.width)
-    saved = {"rows": rows, "grad": grad, "scale": scale}
-    call.over_pairs(triton_kernels.row_gradients, layout, out=out, FINISH=whole, **saved)
-    if not whole:
-        call.over_rows(
-            triton_kernels.gradient_sums, partials=out, out=result, temperature=temperature, splits=layout.splits,
-            **saved,
-        )  # fmt: skip
+    partials = float32(embedding, layout.splits, call.n, call.width)
+    call.over_pairs(triton_kernels.row_gradients, layout, rows=rows, partials=partials)
+    call.over_rows(
+        triton_kernels.gradient_sums, rows=rows, grad=grad, scale=scale, partials=partials, out=result,
+        splits=layout.splits, temperature=temperature,
+    )  # fmt: skip
     return result
 
 

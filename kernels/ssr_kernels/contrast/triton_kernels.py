@@ -158,24 +158,15 @@ def loss_sum(partials, rows, loss, scale, n, splits, BLOCK: tl.constexpr):
     tl.store(loss, tl.sum(losses, 0) * factor)
 
 
-@triton.jit
-def through_norm(de, x, inverse, grad, scale, temperature):
-    """Gradient of x: de's part across the direction e, times grad * scale / (temperature |x|)."""
-    e = x.to(tl.float32) * inverse[:, None]
-    across = de - e * tl.sum(e * de, 1)[:, None]
-    return across * (inverse * (tl.load(grad) * tl.load(scale) / temperature))[:, None]
-
-
 @triton.jit(do_not_specialize=["n", "span", "temperature"])
 def row_gradients(
-    x, group, klass, rows, grad, scale, out, n, span, temperature,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FINISH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, group, klass, rows, partials, n, span, temperature,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x [n, D] (FINISH), or of the directions but for grad * scale / temperature, [splits, n, D] float32.
+    """partials [splits, n, D]: gradient of the directions by each split, but for grad * scale / temperature.
 
     One program: BM rows, one split. Registers: the gradient [BM, DP], scores [BM, BN]; shared memory: x of its rows and
-    of BN columns. Moves: x of its rows in, x of its columns from cache, 20 bytes a row and column in, the gradient out.
+    of BN columns. Moves: x of its rows in, x of its columns from cache, 20 bytes a row and column in, 4 D a row out.
     """
     blocks = tl.cdiv(n, BM)
     split = tl.program_id(0) // blocks
@@ -204,13 +195,7 @@ def row_gradients(
         both -= tl.where(positive, share_i[:, None] + share_j[None, :], 0.0)
         de = tl.dot((both * inverse_j[None, :]).to(x_j.dtype), x_j, de, input_precision=PRECISION)
     keep = in_i[:, None] & (d < D)[None, :]
-    at = out + (split * n + i).to(tl.int64)[:, None] * D + d[None, :]
-    if FINISH:
-        inverse = tl.load(rows + i, mask=in_i, other=0.0)
-        dx = through_norm(de, tile(x, i0, n - i0, tl.arange(0, BM), d, D), inverse, grad, scale, temperature)
-        tl.store(at, dx.to(out.dtype.element_ty), mask=keep)
-    else:
-        tl.store(at, de, mask=keep)
+    tl.store(partials + (split * n + i).to(tl.int64)[:, None] * D + d[None, :], de, mask=keep)
 
 
 @triton.jit(do_not_specialize=["n", "splits", "temperature"])
@@ -230,5 +215,7 @@ def gradient_sums(
     for split in range(splits):
         de += tl.load(partials + (split * n + i).to(tl.int64)[:, None] * D + d[None, :], mask=keep, other=0.0)
     inverse = tl.load(rows + i, mask=inside, other=0.0)
-    dx = through_norm(de, tile(x, i0, n - i0, tl.arange(0, BM), d, D), inverse, grad, scale, temperature)
+    e = tile(x, i0, n - i0, tl.arange(0, BM), d, D).to(tl.float32) * inverse[:, None]
+    across = de - e * tl.sum(e * de, 1)[:, None]  # what moves along e leaves the direction as it is
+    dx = across * (inverse * (tl.load(grad) * tl.load(scale) / temperature))[:, None]
     tl.store(out + i.to(tl.int64)[:, None] * D + d[None, :], dx.to(out.dtype.element_ty), mask=keep)
