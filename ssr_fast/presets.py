@@ -183,4 +183,6 @@ ABOUT = {
     "setting built for it, and is no evidence for GTA5 to Cityscapes.",
     "camvid-day-dusk": "CamVid's day sequences as the source and its dusk sequence as the target. Without pretrained "
     "weights and at a few hundred steps this shows that the pipeline works on real images, not what the methods reach.",
+    "camvid-day-dusk-source-free": "A model trained on CamVid's day sequences adapts to its dusk sequence without "
+    "them. Without pretrained weights and at a few hundred steps this shows that the pipeline works on real images.",
 }

@@ -44,6 +44,8 @@ def test_every_kernel_of_a_call_has_a_budget():
     assert [launch.kernel for launch in record(torch.bfloat16)] == list(REGISTERS)
 
 
+@pytest.mark.slow  # a compilation of minutes
+@pytest.mark.timeout(1200)
 def test_the_hottest_kernel_on_hopper():
     """The others, and the other architectures, are among the slow tests."""
     launches = [launch for launch in record(torch.bfloat16) if launch.kernel == "row_gradients"]

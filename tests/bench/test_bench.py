@@ -352,7 +352,8 @@ def test_the_plot_says_what_it_cannot_draw_and_refuses_another_file(tmp_path, ca
 def test_sanitize_checks_odd_sizes_of_what_it_is_given(capsys):
     assert sanitize.main(["reference"]) == 0
     printed = capsys.readouterr().out
-    cases = align.odd_cases(Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    setting = Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    cases = [case for bench in command.BENCHES for case in bench.odd_cases(setting)]
     assert printed.count(": reference: ok") == len(cases) and f"{len(cases)} ran, 0 failed" in printed
     assert sanitize.main(["kuda"]) == 2
 
