@@ -10,7 +10,7 @@ REGISTERS = {
     "inverse_norms": (32, 32, 32),
     "row_sums": (176, 168, 176),
     "loss_sum": (128, 128, 128),
-    "row_gradients": (255, 248, 240),
+    "row_gradients": (255, 255, 240),
     "gradient_sums": (72, 72, 72),
 }
 """The most registers a thread of each kernel on sm_80, sm_90 and sm_100, bfloat16; nothing may spill in any dtype."""
