@@ -35,7 +35,7 @@ CASES = {
     "2 rows": Case("mixed", 2, 16, split=False),
     "63 rows": Case("mixed", 63, 64, twice=True),
     "257 rows": Case("mixed", 257, 200),
-    "257 rows, one split": Case("mixed", 257, 200, split=False),
+    "150 rows, one split": Case("mixed", 150, 24, split=False),
     "300 rows": Case("mixed", 300, 256),
     "70 rows": Case("mixed", 70, 3, split=False),
     "production blocks": Case("mixed", 70, 40, production=True, twice=True),
