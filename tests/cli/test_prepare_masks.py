@@ -154,7 +154,11 @@ def test_ctrl_c_is_a_sentence(root: Path, capsys: pytest.CaptureFixture[str], mo
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("ssr_fast.data.superpixels.Superpixels.__call__", interrupt)
-    code, _, err = superpixels(capsys, root)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        code, _, err = superpixels(capsys, root)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 3 and err.startswith("error: stopped by Ctrl-C") and err.count("\n") == 1
 
 

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from ssr_fast.data.augment import normalise_batch
+from ssr_fast.methods import regularisers
 from ssr_fast.methods.method import class_weights, step_key
 from ssr_fast.methods.ssr import SsrConfig
+from ssr_fast.models.segmentor import ModelConfig
 from tests.methods.support import K, make_batch, make_method
 from tests.syncfree import NoHostSync
 
@@ -56,6 +58,24 @@ def test_equal_inputs_give_bit_equal_losses_and_gradients(variant):
     (losses, grads), (again, grads_again) = once(), once()
     assert losses == again
     assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+
+
+@pytest.mark.parametrize("variant", ["cosine", "cosine_source"])
+@pytest.mark.parametrize("head", ["daformer", "segformer"])
+def test_a_step_aligns_what_the_compiled_backends_take(variant, head, monkeypatch):
+    """Otherwise `auto` would run the PyTorch form on every GPU, and only be slow."""
+    calls, op = [], regularisers.align_stages
+
+    def recorded(features, weights, biases, target, *rest):
+        calls.append([target, *features, *weights, *(bias for bias in biases if bias is not None)])
+        return op(features, weights, biases, target, *rest)
+
+    monkeypatch.setattr(regularisers, "align_stages", recorded)
+    name, options = VARIANTS[variant]
+    model = ModelConfig(backbone="mit_tiny", channels=16, head=head)
+    make_method(name, model=model, **options).losses(make_batch(), 2)["loss"].backward()
+    assert len(calls) == 1 and len({tensor.dtype for tensor in calls[0]}) == 1
+    assert all(tensor.is_contiguous() for tensor in calls[0]), [tensor.stride() for tensor in calls[0]]
 
 
 @pytest.mark.parametrize("variant", ["self_training", "cosine", "injection", "supervised"])

@@ -11,7 +11,7 @@ from ssr_fast.methods import source_free
 from ssr_fast.methods.segments import Vote, at_stride, gather_rows, groups, vote
 from ssr_fast.methods.source_free import ClassConfidence
 from ssr_kernels import counter
-from ssr_kernels.contrast import contrast_loss, sample_pairs
+from ssr_kernels.contrast import contrast_loss, loss_backends, sample_pairs
 from tests.methods.support import K, make_batch, make_source_free, without_source
 from tests.syncfree import NoHostSync
 
@@ -54,6 +54,21 @@ def test_step_needs_no_sync_and_no_generator(variant, monkeypatch, two_classes):
     assert all(value.ndim == 0 and math.isfinite(float(value.detach())) for value in terms.values())
     assert terms.keys() == {"loss", *method.own_metrics}
     assert (float(terms["loss/contrast"]) > 0) == (variant in ("contrast", "vote"))
+
+
+def test_a_step_contrasts_what_triton_takes(monkeypatch):
+    """Otherwise `auto` would run the PyTorch form on every GPU, and only be slow."""
+    calls, op = [], source_free.contrast_loss
+
+    def recorded(*arguments):
+        calls.append(arguments)
+        return op(*arguments)
+
+    monkeypatch.setattr(source_free, "contrast_loss", recorded)
+    make_source_free().losses(batch_of(), 3)["loss"].backward()
+    ((*tensors, _),) = calls
+    assert all(tensor.is_contiguous() for tensor in tensors) and tensors[0].shape[1] <= loss_backends.MAX_WIDTH
+    assert tensors[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
