@@ -10,7 +10,7 @@ REGISTERS = {
     "inverse_norms": (32, 32, 32),
     "row_sums": (176, 168, 176),
     "loss_sum": (128, 128, 128),
-    "row_gradients": (255, 255, 240),
+    "row_gradients": (255, 255, 255),
     "gradient_sums": (72, 72, 72),
 }
 """The most registers a thread of each kernel on sm_80, sm_90 and sm_100, bfloat16; nothing may spill in any dtype."""
@@ -44,8 +44,6 @@ def test_every_kernel_of_a_call_has_a_budget():
     assert [launch.kernel for launch in record(torch.bfloat16)] == list(REGISTERS)
 
 
-@pytest.mark.slow  # a compilation of minutes
-@pytest.mark.timeout(1200)
 def test_the_hottest_kernel_on_hopper():
     """The others, and the other architectures, are among the slow tests."""
     launches = [launch for launch in record(torch.bfloat16) if launch.kernel == "row_gradients"]
