@@ -109,7 +109,10 @@ def _fresh_folder(preset: str) -> Path:
 def _follow_roots(config: TrainConfig) -> None:
     """A root that is not given is that of the domain before it, where both are parts of one data set."""
     data = config.data
-    for before, domain in ((data.source, data.target), (data.target, data.evaluation)):
+    pairs = [(data.source, data.target)]
+    if data.evaluation is not None:
+        pairs.append((data.target, data.evaluation))
+    for before, domain in pairs:
         same_set = domain.layout == before.layout and domain.classes == before.classes
         if not domain.root and same_set and (domain.split, domain.condition) != (before.split, before.condition):
             domain.root = before.root

@@ -84,10 +84,10 @@ def problems(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> lis
                 for name in sorted(explicit)
                 if name.startswith(f"{section}.")
             ]
-    return found + _contradictions(config, stages)
+    return found + _contradictions(config, stages, explicit)
 
 
-def _contradictions(config: TrainConfig, stages: tuple[str, ...]) -> list[str]:
+def _contradictions(config: TrainConfig, stages: tuple[str, ...], explicit: frozenset[str]) -> list[str]:
     """What two sections cannot both ask for."""
     found = []
     mixing = any(stage in SECTIONS_OF["self_training"] for stage in stages)
@@ -105,6 +105,10 @@ def _contradictions(config: TrainConfig, stages: tuple[str, ...]) -> list[str]:
         found.append(
             "--sam.features cached_views keeps features of source images and --ssr.domains mixed uses none: "
             "give --sam.features online"
+        )
+    if config.data.evaluation is None and "run.evaluate_every" in explicit:
+        found.append(
+            f"--run.evaluate_every {config.run.evaluate_every} has no effect with --data.evaluation null: leave it out"
         )
     if config.data.segments and (not config.reads_segments() or config.data.scenes is not None):
         why = "are made with the scenes" if config.reads_segments() else "are read by no method here"

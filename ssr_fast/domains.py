@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssr_fast.config import TrainConfig
-from ssr_fast.data.index import Index, build_index, total_counts
+from ssr_fast.data.index import DomainConfig, Index, build_index, total_counts
 from ssr_fast.data.index_cache import Report
+from ssr_fast.data.labels import ClassSet
 from ssr_fast.data.plan import Plan
 from ssr_fast.data.scenes import write_scenes
 from ssr_fast.data.segment_jobs import Task, make_maps
@@ -14,6 +15,7 @@ from ssr_fast.data.segments import SegmentStore, create_store, open_store
 from ssr_fast.data.superpixels import SuperpixelConfig, Superpixels
 from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
 from ssr_fast.errors import UserError
+from ssr_fast.shipped import open_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +25,15 @@ class Domains:
     Attributes:
         source: None where no stage reads it.
         target: without its labels.
-        evaluation: target images with labels.
+        evaluation: target images with labels; None where the run has none.
+        classes: what the networks tell apart.
         segments: the target's segment maps; None where no stage reads them.
     """
 
     source: Index | None
     target: Index
-    evaluation: Index
+    evaluation: Index | None
+    classes: ClassSet
     segments: SegmentStore | None
 
     def source_counts(self) -> list[int]:
@@ -50,10 +54,13 @@ def open_domains(config: TrainConfig, folder: Path, report: Report) -> Domains:
         report: takes one-line messages.
 
     Raises:
-        UserError: data that cannot be used, or source and evaluation of different classes.
+        UserError: data that cannot be used, source and evaluation of different classes, or a source model that cannot
+            be read and has to name the classes, because no data does.
     """
     data = config.data
-    wanted = {"source": data.source, "target": data.target, "evaluation": data.evaluation}
+    wanted = {"source": data.source, "target": data.target}
+    if data.evaluation is not None:
+        wanted["evaluation"] = data.evaluation
     if data.scenes is not None:
         write_scenes(folder / "scenes", data.scenes)
         for name, domain in wanted.items():
@@ -61,17 +68,31 @@ def open_domains(config: TrainConfig, folder: Path, report: Report) -> Domains:
             wanted[name] = dataclasses.replace(domain, root=root, layout="folder", split="all")
     if not config.reads_source():
         del wanted["source"]
-    found = {
-        name: build_index(domain, name != "target", f"data.{name}", report=report) for name, domain in wanted.items()
-    }
-    source, evaluation = found.get("source"), found["evaluation"]
-    if source is not None and source.classes.names != evaluation.classes.names:
+    found = {name: _index(name, domain, data.target, report) for name, domain in wanted.items()}
+    source, evaluation = found.get("source"), found.get("evaluation")
+    if source is not None and evaluation is not None and source.classes.names != evaluation.classes.names:
         raise UserError(
             f"--data.source.root has the classes {', '.join(source.classes.names)} and --data.evaluation.root "
             f"{', '.join(evaluation.classes.names)}: they must be the same"
         )
     segments = _segments(config, found["target"]) if config.reads_segments() else None
-    return Domains(source, found["target"], evaluation, segments)
+    labelled = evaluation or source
+    classes = labelled.classes if labelled else open_model(config.source_free.model, "cpu", report).classes
+    return Domains(source, found["target"], evaluation, classes, segments)
+
+
+def _index(name: str, domain: DomainConfig, target: DomainConfig, report: Report) -> Index:
+    """The checked data set of a domain.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    try:
+        return build_index(domain, name != "target", f"data.{name}", report=report)
+    except UserError as error:
+        if name == "evaluation" and domain.root == target.root:  # perhaps nobody has labelled the target
+            raise UserError(f"{error}; --data.evaluation null trains without labelled target images") from error
+        raise
 
 
 def load(config: TrainConfig, domains: Domains, first: int, last: int, pin: bool) -> Iterator[Batch]:

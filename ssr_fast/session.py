@@ -10,16 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from PIL import Image
 from rich.console import Console
-from torch import nn
 
 from ssr_fast.config import TrainConfig
-from ssr_fast.data.index import Index, Sample
 from ssr_fast.data.index_cache import Report
-from ssr_fast.data.layouts import read_image
+from ssr_fast.data.labels import ClassSet
 from ssr_fast.domains import load, open_domains
 from ssr_fast.engine import fork_server
 from ssr_fast.engine.checkpoint import CheckpointStore
@@ -31,14 +27,12 @@ from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.side_by_side import share, side_by_side
 from ssr_fast.engine.trainer import Branch, Trainer, pick_device
 from ssr_fast.errors import UserError
-from ssr_fast.eval.protocols import Scores, score
-from ssr_fast.eval.run import evaluate_samples
+from ssr_fast.evaluator import Evaluator
 from ssr_fast.methods.build import build_method
 from ssr_fast.methods.source_free import SourceFreeConfig
 from ssr_fast.models.weights import save_model
 from ssr_fast.presets import ABOUT
 from ssr_fast.report.page import write_report
-from ssr_fast.report.pictures import comparison
 
 STAGE_NAMES = {
     "supervised": "source_only",
@@ -74,10 +68,8 @@ class Session:
             if self._in_processes():
                 fork_server.start(__name__)  # while this process checks the data
         self.domains = open_domains(config, self.folder, report)
-        self.evaluation = self.domains.evaluation
-        step = max(1, len(self.evaluation.samples) // max(1, config.run.samples))
-        self.shown: list[Sample] = list(self.evaluation.samples[::step][: config.run.samples])
-        self.protocol = _protocol(self.evaluation, preset)
+        self.classes = self.domains.classes
+        self.evaluator = self._evaluator()
         self.summary = self._read_summary()
 
     def train(self) -> dict[str, Any]:
@@ -105,6 +97,22 @@ class Session:
         if not pending:
             self._write_report()
         return self.summary
+
+    def _evaluator(self) -> Evaluator:
+        """What judges the stages; without labelled images it shows some of the target's."""
+        config, labelled = self.config, self.domains.evaluation
+        samples = (labelled or self.domains.target).samples
+        step = max(1, len(samples) // max(1, config.run.samples))
+        seen = config.data.evaluation or config.data.target
+        return Evaluator(
+            labelled,
+            samples[::step][: config.run.samples],
+            self.classes,
+            config.inference,
+            seen.resize,
+            _protocol(self.classes, self.preset),
+            self.device,
+        )
 
     def _in_processes(self) -> bool:
         """Whether stages train at the same time, each in a process of its own."""
@@ -153,12 +161,13 @@ class Session:
         self.summary["stages"] = sorted([*self.summary["stages"], *rows], key=lambda row: order.index(row["name"]))
         write_text(self.folder / "summary.json", json.dumps(plain(self.summary), indent=1))
         for row in rows:
-            miou, steps, seconds = row["target_miou"], row["steps"], row["seconds"]
-            print(f"{row['name']}: target mIoU {miou:.1f} after {steps} steps in {seconds:.0f} s")
+            score = "" if row["target_miou"] is None else f"target mIoU {row['target_miou']:.1f} after "
+            print(f"{row['name']}: {score}{row['steps']} steps in {row['seconds']:.0f} s")
         self._write_report()
 
     def _write_report(self) -> None:
-        self._write_samples()
+        stages = [row["name"] for row in self.summary["stages"]]
+        self.evaluator.write_comparisons(self.folder / "samples", stages)
         write_report(self.folder)
 
     def train_stage(self, name: str, stop: StopSignal) -> dict[str, Any]:
@@ -177,7 +186,7 @@ class Session:
             ssr=config.ssr,
             source_free=self._source_free(),
             sam=config.sam,
-            classes=self.evaluation.classes,
+            classes=self.classes,
             counts=self.domains.source_counts(),
             seed=config.run.seed,
             device=self.device,
@@ -189,7 +198,7 @@ class Session:
         trainer = Trainer(
             method,
             lambda first, last: load(config, self.domains, first, last, self.device.type == "cuda"),
-            self._evaluate,
+            self.evaluator.scores if self.domains.evaluation is not None else None,
             run=config.run,
             optim=self._optim(name),
             store=store,
@@ -205,12 +214,12 @@ class Session:
             if not (continues and trainer.resume()):
                 log.truncate(0)
             scores = trainer.fit()
-        self._predict_samples(method.student, stage)
+        self.evaluator.predict_shown(method.student, self.folder / "samples" / stage)
         save_model(self.folder / "models" / stage if several else self.folder, method.student, self._meta())
         return {
             "name": stage,
-            "target_miou": scores.miou,
-            "per_class": scores.per_class,
+            "target_miou": scores.miou if scores else None,
+            "per_class": scores.per_class if scores else {},
             "seconds": trainer.seconds,
             "steps": config.run.steps,
             "seed": config.run.seed,
@@ -237,56 +246,13 @@ class Session:
         store = CheckpointStore(checkpoints / stage if several else checkpoints, run.keep)
         return store, MetricLog(self.folder, stage, run.log_every, file=file)
 
-    def _evaluate(self, student: nn.Module) -> Scores:
-        matrix = evaluate_samples(
-            student,
-            self.evaluation.samples,
-            self.evaluation.layout.read_label,
-            self.config.inference,
-            self.config.data.evaluation.resize,
-            self.device,
-            self.evaluation.classes.count,
-        )
-        return score(matrix.counts, self.evaluation.classes.names, self.protocol)
-
-    def _predict_samples(self, student: nn.Module, stage: str) -> None:
-        """Predictions of the shown samples as train-id PNGs, from which the pictures are put together."""
-        folder = self.folder / "samples" / stage
-        folder.mkdir(parents=True, exist_ok=True)
-        predictions: list[np.ndarray] = []
-        evaluate_samples(
-            student,
-            self.shown,
-            self.evaluation.layout.read_label,
-            self.config.inference,
-            self.config.data.evaluation.resize,
-            self.device,
-            self.evaluation.classes.count,
-            visit=lambda sample, prediction, label: predictions.append(prediction),
-        )
-        for number, prediction in enumerate(predictions):
-            Image.fromarray(prediction).save(folder / f"{number:02d}.png")
-
-    def _write_samples(self) -> None:
-        """samples/<nn>.png: image, truth and each stage's prediction side by side."""
-        stages = [row["name"] for row in self.summary["stages"]]
-        for number, sample in enumerate(self.shown):
-            assert sample.label is not None
-            predictions = []
-            for stage in stages:
-                with Image.open(self.folder / "samples" / stage / f"{number:02d}.png") as prediction:
-                    predictions.append((stage.replace("_", " "), np.asarray(prediction)))
-            truth = self.evaluation.layout.read_label(Path(sample.label))
-            picture = comparison(read_image(sample.image), truth, predictions, self.evaluation.classes)
-            Image.fromarray(picture).save(self.folder / "samples" / f"{number:02d}.png")
-
     def _meta(self) -> dict[str, Any]:
         """What the shipped model's config.json says beside the network."""
-        classes = self.evaluation.classes
+        classes = self.classes
         return {
             "classes": {"names": list(classes.names), "colors": [list(color) for color in classes.colors]},
             "inference": plain(dataclasses.asdict(self.config.inference)),
-            "resize": plain(self.config.data.evaluation.resize),
+            "resize": plain(self.evaluator.resize),
         }
 
     def _write_head(self, command: list[str]) -> None:
@@ -306,12 +272,12 @@ class Session:
         if self.resume and path.is_file():
             summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return summary
-        classes = self.evaluation.classes
+        classes = self.classes
         return {
             "preset": self.preset,
             "title": f"{self.preset}: {self.domains}",
             "about": ABOUT.get(self.preset, ""),
-            "protocol": self.protocol,
+            "protocol": self.evaluator.protocol,
             "classes": {"names": list(classes.names), "colors": [list(color) for color in classes.colors]},
             "stages": [],
         }
@@ -325,9 +291,9 @@ def _stages_process(config: TrainConfig, preset: str, resume: bool, names: list[
         return [session.train_stage(name, stop) for name in names]
 
 
-def _protocol(evaluation: Index, preset: str) -> str:
+def _protocol(classes: ClassSet, preset: str) -> str:
     """The published protocol of a benchmark preset, else all classes."""
-    if evaluation.classes.name != "cityscapes":
+    if classes.name != "cityscapes":
         return "generic"
     return "synthia16" if preset == "synthia-cityscapes" else "cityscapes19"
 

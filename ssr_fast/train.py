@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
         print(f"stopped by {name}: saved after step {step}; continue with --resume {session.folder}", file=sys.stderr)
         return STOPPED
     for row in summary["stages"]:
-        print(f"{row['name']:>14}: target mIoU {row['target_miou']:5.1f}  ({row['seconds']:.0f} s)")
+        score = "trained" if row["target_miou"] is None else f"target mIoU {row['target_miou']:5.1f}"
+        print(f"{row['name']:>14}: {score}  ({row['seconds']:.0f} s)")
     print(f"report: {session.folder / 'report.html'}")
     return DONE
 

@@ -34,8 +34,8 @@ class DataConfig:
     """Labelled images to learn from."""
     target: DomainConfig = field(default_factory=DomainConfig)
     """Unlabelled images to adapt to."""
-    evaluation: DomainConfig = field(default_factory=lambda: DomainConfig(split="val"))
-    """Labelled target images that only the evaluation sees."""
+    evaluation: DomainConfig | None = field(default_factory=lambda: DomainConfig(split="val"))
+    """Labelled target images that only the evaluation sees; null if there are none: the run then has no scores."""
     scenes: ScenesConfig | None = None
     """Draw procedural scenes in the run directory instead of reading source, target and evaluation."""
     crop: tuple[int, int] = (512, 512)
@@ -63,7 +63,9 @@ class DataConfig:
         if self.scenes is not None:
             found += self.scenes.problems(f"{where}.scenes")
         for name in ("source", "target", "evaluation"):
-            domain: DomainConfig = getattr(self, name)
+            domain: DomainConfig | None = getattr(self, name)
+            if domain is None:
+                continue
             found += domain.problems(f"{where}.{name}")
             if self.scenes is not None and domain.root:
                 found.append(
@@ -72,7 +74,8 @@ class DataConfig:
                 )
             missing = self.scenes is None and not domain.root
             if missing and (reads_source or name != "source"):
-                found.append(f"--{where}.{name}.root is missing: give the folder of the {name} data set")
+                without = f", or --{where}.evaluation null to train without scores" if name == "evaluation" else ""
+                found.append(f"--{where}.{name}.root is missing: give the folder of the {name} data set{without}")
         if self.source.root and not reads_source:
             found.append(
                 f"--{where}.source.root {self.source.root} has no effect with --method.name source_free, which reads "

@@ -37,13 +37,13 @@ class RunConfig:
     log_every: int = 50
     """Steps in one row of the metrics; the device is read once for each."""
     evaluate_every: int = 4000
-    """Steps between evaluations on the target; the last step is always evaluated."""
+    """Steps between evaluations on the target, where it has labels; the last step is always evaluated."""
     save_every: int = 4000
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints to keep."""
     samples: int = 4
-    """Evaluation images shown in the report."""
+    """Evaluation images (without any: target images) shown in the report."""
 
     def problems(self, where: str) -> list[str]:
         """Sentences about illegal values; empty if all is well."""
@@ -98,7 +98,7 @@ class Trainer:
     Args:
         method: the nets and their loss, on `device`.
         load: (first step, last step) -> batches of the steps in between, on the host.
-        evaluate: student -> scores on the target.
+        evaluate: student -> scores on the target; None without labelled target images.
         run, optim: the options.
         store: checkpoints of this stage.
         log: metrics of this stage.
@@ -112,7 +112,7 @@ class Trainer:
         self,
         method: Method,
         load: Callable[[int, int], Iterator[Batch]],
-        evaluate: Callable[[nn.Module], Evaluation],
+        evaluate: Callable[[nn.Module], Evaluation] | None,
         *,
         run: RunConfig,
         optim: OptimConfig,
@@ -148,8 +148,8 @@ class Trainer:
         self.report(f"resumed {self.method.stage_name} after step {self.done} from {path}")
         return True
 
-    def fit(self) -> Evaluation:
-        """Train to the last step and return its evaluation.
+    def fit(self) -> Evaluation | None:
+        """Train to the last step and return its evaluation, if the run has any.
 
         Raises:
             Stopped: a signal asked for it; a checkpoint of the finished steps has been written.
@@ -177,7 +177,6 @@ class Trainer:
                     raise Stopped(self.stop.requested, self.done)
         if self.scores is None:  # resumed after the last step
             self._evaluate()
-        assert self.scores is not None
         return self.scores
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -206,6 +205,8 @@ class Trainer:
         branch.store.save(self.done, state, config=self.config)
 
     def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
         self.scores = self.evaluate(self.method.student)
         self.log.evaluation(self.done, self.scores.miou, self.scores.per_class)
 

@@ -52,7 +52,7 @@ def render(data: RunData) -> str:
         sections.section(
             "Before and after",
             sections.pictures(data.samples),
-            "Target images whose labels training never saw: image, truth, and what each stage predicts.",
+            _samples_hint(data),
         ),
         sections.section(
             "Class by class",
@@ -74,6 +74,13 @@ def render(data: RunData) -> str:
         f"<title>{escape(data.title)} – ssr_fast</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{chr(10).join(part for part in body if part)}\n</main>\n</body>\n</html>\n"
     )
+
+
+def _samples_hint(data: RunData) -> str:
+    """What the pictures show; without a score there were no labels, and so no truth."""
+    if any(math.isfinite(stage.miou) for stage in data.stages):
+        return "Target images whose labels training never saw: image, truth, and what each stage predicts."
+    return "Target images: image, and what each stage predicts."
 
 
 def _header(data: RunData) -> str:

@@ -54,6 +54,8 @@ def section(title: str, body: str, hint: str = "") -> str:
 def lead(stages: tuple[Stage, ...]) -> str:
     """The outcome in one sentence."""
     known = [stage for stage in stages if math.isfinite(stage.miou)]
+    if not known and stages:
+        return "<p class='lead'>This run had no labelled target images to be scored on.</p>"
     if not known:
         return "<p class='lead'>This run has no evaluation yet.</p>"
     last = known[-1]
@@ -71,7 +73,7 @@ def _change(points: float, other: str) -> str:
 
 def bars(stages: tuple[Stage, ...]) -> str:
     """Target mIoU of the stages as bars from 0 to 100."""
-    if not stages:
+    if not any(math.isfinite(stage.miou) for stage in stages):
         return ""
     rows = "".join(_bar(number, stages) for number in range(len(stages)))
     ticks = "".join(f'<span style="left:{tick}%">{tick}</span>' for tick in (0, 25, 50, 75, 100))
@@ -160,7 +162,7 @@ def _figure(path: Path) -> str:
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         return f'<p class="hint">{escape(path.name)} is damaged ({escape(type(error).__name__)}).</p>'
     caption = "" if path.stem.isdecimal() else f"<figcaption>{escape(path.stem)}</figcaption>"
-    alt = f"image, truth and predictions: {escape(path.stem)}"
+    alt = f"image and labels: {escape(path.stem)}"
     return f'<figure><img loading="lazy" src="{_data_url(kind, content)}" alt="{alt}">{caption}</figure>'
 
 

@@ -5,13 +5,17 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ssr_fast import prepare
 from ssr_fast.engine.trainer import Trainer
 from ssr_fast.errors import UserError
+from ssr_fast.models.segmentor import ModelConfig, build_segmentor
+from ssr_fast.models.weights import save_model
 from ssr_fast.train import main
 from tests.faults.test_resume import check_equal
 
@@ -80,6 +84,47 @@ def test_adapts_and_resumes_bit_exactly_without_the_source(tmp_path, monkeypatch
     check_equal(parts, whole)
 
 
+def test_without_a_single_label(tmp_path, monkeypatch):
+    """A source model of four classes and a folder of images: no source, no labels, no classes file."""
+    from ssr_fast.report.page import write_report
+
+    monkeypatch.setattr("ssr_fast.session.write_report", write_report)
+    names, colors = ["road", "sky", "car", "tree"], [[10 * k, 0, 0] for k in range(1, 5)]
+    model = ModelConfig(backbone="mit_tiny", head="segformer", channels=16)
+    meta = {"classes": {"names": names, "colors": colors}}
+    save_model(tmp_path / "source", build_segmentor(model, 4, 0), meta)
+    images = tmp_path / "set" / "images"
+    images.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        picture = generator.integers(0, 256, (4, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(picture).save(images / f"{name}.png")
+    words = ["--split", "all", "--generator", "superpixels", "--workers", "0"]
+    assert prepare.main(["masks", str(tmp_path / "set"), *words]) == 0
+    options = ["demo-source-free", "--method.name=source_free", "--method.class_weight=none", "--data.scenes=null"]
+    options += [f"--data.target.root={tmp_path / 'set'}", "--data.target.split=all", "--data.crop=[32,64]"]
+    options += [f"--source_free.model={tmp_path / 'source'}", *SIZES, *FREE, "--run.dir", str(tmp_path / "run")]
+
+    with pytest.raises(UserError, match="--data.evaluation null trains without"):
+        main(options)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(UserError, match="--run.evaluate_every 6 has no effect with --data.evaluation null"):
+        main([*options, "--data.evaluation=null"])
+    options.remove("--run.evaluate_every=6")
+    assert main([*options, "--data.evaluation=null"]) == 0
+
+    (stage,) = json.loads((tmp_path / "run" / "summary.json").read_text())["stages"]
+    assert stage["target_miou"] is None and stage["per_class"] == {}
+    assert "eval/miou" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    shipped = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert shipped["classes"] == {"names": names, "colors": colors}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "no labelled target images" in page and "Target mIoU" not in page and "truth" not in page
+    with Image.open(tmp_path / "run" / "samples" / "source_free" / "00.png") as prediction:
+        assert prediction.size == (64, 32)
+    assert main(["--resume", str(tmp_path / "run")]) == 0  # nothing is left to train
+
+
 def test_both_stages_of_the_preset_in_one_command(tmp_path):
     folder = tmp_path / "run"
     assert main(["demo-source-free", *SIZES, *SCENES, *FREE, "--run.dir", str(folder)]) == 0
@@ -92,9 +137,6 @@ def test_both_stages_of_the_preset_in_one_command(tmp_path):
 
 
 def test_a_source_model_of_other_classes_is_refused(tmp_path):
-    from ssr_fast.models.segmentor import ModelConfig, build_segmentor
-    from ssr_fast.models.weights import save_model
-
     other = build_segmentor(ModelConfig(backbone="mit_tiny", head="segformer", channels=16), 5)
     save_model(tmp_path / "other", other, {})
     options = ["demo-source-free", "--method.name=source_free", "--method.class_weight=none", *SIZES, *SCENES[:-1]]
