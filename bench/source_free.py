@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.demo import FIRST_SEED, summarise
 from ssr_fast.config import TrainConfig, problems
+from ssr_fast.domains import SCENE_SUPERPIXELS
 from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.side_by_side import share, side_by_side
@@ -91,6 +92,7 @@ def _segments(config: TrainConfig) -> None:
     from ssr_fast.prepare import main
 
     words = ["--layout", "folder", "--split", "all", "--generator", "superpixels", "--workers", "0"]
+    words += ["--scale", str(SCENE_SUPERPIXELS.scale), "--sigma", str(SCENE_SUPERPIXELS.sigma)]
     if main(["masks", config.data.target.root, *words, "--out", config.data.segments]):
         raise RuntimeError("prepare masks failed")
 

@@ -18,6 +18,10 @@ from ssr_fast.errors import UserError
 from ssr_fast.shipped import open_model
 
 
+SCENE_SUPERPIXELS = SuperpixelConfig(scale=60.0, sigma=1.0)
+"""Segments of scenes: small noisy pictures, which the defaults, chosen on photographs, would cut into 300 crumbs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Domains:
     """What open_domains gives.
@@ -119,7 +123,7 @@ def _segments(config: TrainConfig, target: Index) -> SegmentStore:
         store = open_store(config.data.segments, root)
         store.require(target.samples)
         return store
-    superpixels = Superpixels(SuperpixelConfig())
+    superpixels = Superpixels(SCENE_SUPERPIXELS)
     store = create_store(None, root, superpixels.recipe(), overwrite=False)
     tasks = [Task(Path(sample.image), superpixels) for sample in target.samples]
     for outcome in make_maps(store, tasks, workers=0):

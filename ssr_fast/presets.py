@@ -76,15 +76,16 @@ def demo_source_free() -> TrainConfig:
     config = demo()
     config.run.stages, config.method.name = SOURCE_FREE, "source_free"
     config.source_free = SourceFreeConfig(
-        momentum=0.99,
+        momentum=0.995,
         threshold=0.9,
         ignore_top=0.0,
         ignore_bottom=0.0,
-        lr_factor=0.1,
+        lr_factor=0.6,
         contrast=0.3,
         projection=64,
         segments=48,
-        pixels=4,
+        pixels=8,
+        majority=0.51,
     )
     return config
 
