@@ -14,9 +14,9 @@ import torch
 
 from . import document, measure, tables
 from .harness import Bench, Case, Row, Setting, run
-from .kernels import align, contrast
+from .kernels import align, contrast, dwconv
 
-BENCHES: tuple[Bench, ...] = (align.BENCH, contrast.BENCH, contrast.SAMPLER)
+BENCHES: tuple[Bench, ...] = (align.BENCH, contrast.BENCH, contrast.SAMPLER, dwconv.BENCH, dwconv.DILATED_BENCH)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

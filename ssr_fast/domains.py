@@ -17,7 +17,6 @@ from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
 from ssr_fast.errors import UserError
 from ssr_fast.shipped import open_model
 
-
 SCENE_SUPERPIXELS = SuperpixelConfig(scale=60.0, sigma=1.0)
 """Segments of scenes: small noisy pictures, which the defaults, chosen on photographs, would cut into 300 crumbs."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssr_kernels.dwconv import dwconv_dilated, dwconv_gelu
+from ssr_kernels.dwconv import dwconv_dilated, dwconv_gelu, op, reference
 from tests.syncfree import NoHostSync
 
 SHAPES = [(2, 5, 7, 3), (1, 1, 1, 4), (3, 1, 6, 1), (1, 4, 1, 2), (2, 8, 8, 320)]
@@ -48,13 +48,108 @@ def test_dilated_is_conv2d_also_where_the_dilation_exceeds_the_map(shape, seed):
         torch.testing.assert_close(out, by_hand(x, weight, dilation), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 3, 2), (1, 1, 1, 3)])
-def test_gradients_of_first_and_second_order(shape, seed):
+@pytest.mark.parametrize("shape", [(2, 2, 3, 2), (1, 1, 1, 3), (1, 4, 2, 2)])
+def test_gradcheck(shape, seed):
     x, weights, bias = make(shape, branches=2)
     leaves = [t.requires_grad_() for t in (x, *weights, bias)]
-    assert torch.autograd.gradcheck(lambda x, w, v, b: dwconv_gelu(x, w, b), leaves)
-    assert torch.autograd.gradgradcheck(lambda x, w, v, b: dwconv_gelu(x, w, b), leaves, fast_mode=True)
-    assert torch.autograd.gradcheck(lambda x, w, v, b: tuple(dwconv_dilated(x, [w, v], [1, 3])), leaves)
+    for module in (op, reference):
+        assert torch.autograd.gradcheck(lambda x, w, v, b, m=module: m.dwconv_gelu(x, w, b), leaves)
+        assert torch.autograd.gradcheck(lambda x, w, v, b, m=module: tuple(m.dwconv_dilated(x, [w, v], [1, 3])), leaves)
+    assert torch.autograd.gradgradcheck(lambda x, w, v, b: reference.dwconv_gelu(x, w, b), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_equal_those_of_the_definition(shape, seed):
+    x, weights, bias = make(shape, branches=3)
+    leaves = [t.requires_grad_() for t in (x, *weights, bias)]
+    found, expected = [], []
+    for module, into in ((op, found), (reference, expected)):
+        torch.manual_seed(seed)
+        outs = [module.dwconv_gelu(x, weights[0], bias), *module.dwconv_dilated(x, weights, [1, 6, 18])]
+        into += torch.autograd.grad(sum((out * torch.randn_like(out)).sum() for out in outs), leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_derivative_is_refused_with_the_way_to_get_it(seed):
+    x, (weight,), bias = make((1, 3, 3, 2))
+    x.requires_grad_()
+    for name, out in (
+        ("dwconv_gelu", dwconv_gelu(x, weight, bias)),
+        ("dwconv_dilated", dwconv_dilated(x, [weight], [2])[0]),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{name} has no second derivative .*\.reference\.{name}"):
+            torch.autograd.grad(out.sum(), x, create_graph=True)
+
+
+def saved(call, inputs):
+    """Storages that a forward keeps for the backward pass, those of the inputs excepted."""
+    own, kept = {tensor.untyped_storage().data_ptr() for tensor in inputs}, []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return kept
+
+
+def test_keeps_its_inputs_alone(seed):
+    x, weights, bias = make((2, 4, 5, 6), torch.float32, branches=2)
+    leaves = [t.requires_grad_() for t in (x, *weights, bias)]
+    assert saved(lambda: dwconv_gelu(x, weights[0], bias), leaves) == []
+    assert saved(lambda: dwconv_dilated(x, weights, [1, 6]), leaves) == []
+    assert saved(lambda: reference.dwconv_gelu(x, weights[0], bias), leaves) != []  # the hook does see
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_two_runs_are_bitwise_equal(strict, seed):
+    x, weights, bias = make((2, 9, 7, 5), torch.float32, branches=3)
+    leaves = [t.requires_grad_() for t in (x, *weights, bias)]
+
+    def once():
+        outs = [dwconv_gelu(x, weights[0], bias), *dwconv_dilated(x, weights, [1, 6, 12])]
+        return [*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), leaves)]
+
+    torch.use_deterministic_algorithms(strict)
+    try:
+        first, second = once(), once()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_casts_every_argument(seed):
+    x, weights, bias = make((2, 4, 5, 6), torch.float32, branches=2)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = [dwconv_gelu(x.bfloat16(), weights[0], bias), *dwconv_dilated(x, weights, [1, 2])]
+    assert all(out.dtype == torch.bfloat16 for out in outs)
+    sum(out.float().sum() for out in outs).backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_opcheck(seed):
+    x, weights, bias = make((1, 3, 4, 2), torch.float32, branches=2)
+    ops = torch.ops.ssr_kernels
+    torch.library.opcheck(ops.dwconv_gelu_forward, (x, weights[0], bias, "reference"))
+    torch.library.opcheck(ops.dwconv_dilated_forward, (x, weights, [1, 2], "reference"))
+    for wanted in ([True, True, True], [False, True, False], [True, False, False]):
+        torch.library.opcheck(ops.dwconv_gelu_backward, (x, x, weights[0], bias, wanted, "reference"))
+        arguments = ([x, x], x, weights, [1, 2], wanted, "reference")
+        torch.library.opcheck(ops.dwconv_dilated_backward, arguments)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_only_the_dilated_gradients_that_are_wanted(wanted, seed):
+    x, weights, _ = make((1, 3, 3, 2), branches=2)
+    leaves = [x, *weights]
+    leaves[wanted].requires_grad_()
+    first, _ = dwconv_dilated(*leaves[:1], leaves[1:], [1, 2])  # the second branch's result is not used
+    (first if wanted < 2 else dwconv_dilated(x, weights, [1, 2])[1]).sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == [index == wanted for index in range(3)]
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 2])
@@ -103,10 +198,20 @@ def test_no_host_sync_forward_or_backward(seed):
         torch.autograd.grad(sum(out.sum() for out in outs), leaves)
 
 
-def test_compiles_in_one_graph(seed):
-    x, (weight,), bias = make((2, 4, 4, 3), torch.float32)
-    compiled = torch.compile(dwconv_gelu, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x, weight, bias), dwconv_gelu(x, weight, bias))
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiles_in_one_graph_forward_and_backward(compiler, seed):
+    x, weights, bias = make((2, 4, 4, 3), torch.float32, branches=2)
+    leaves = [t.requires_grad_() for t in (x, *weights, bias)]
+
+    def call(x, first, second, bias):
+        return [dwconv_gelu(x, first, bias), *dwconv_dilated(x, [first, second], [1, 6])]
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend=compiler)):
+        outs = function(*leaves)
+        results.append([*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_refusals_name_the_argument(seed):

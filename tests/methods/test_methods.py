@@ -11,6 +11,7 @@ from ssr_fast.data.augment import normalise_batch
 from ssr_fast.methods import regularisers
 from ssr_fast.methods.method import class_weights, step_key
 from ssr_fast.methods.ssr import SsrConfig
+from ssr_fast.models import heads, mit
 from ssr_fast.models.segmentor import ModelConfig
 from tests.methods.support import K, make_batch, make_method
 from tests.syncfree import NoHostSync
@@ -76,6 +77,23 @@ def test_a_step_aligns_what_the_compiled_backends_take(variant, head, monkeypatc
     make_method(name, model=model, **options).losses(make_batch(), 2)["loss"].backward()
     assert len(calls) == 1 and len({tensor.dtype for tensor in calls[0]}) == 1
     assert all(tensor.is_contiguous() for tensor in calls[0]), [tensor.stride() for tensor in calls[0]]
+
+
+@pytest.mark.parametrize("head", ["daformer", "segformer"])
+def test_a_step_convolves_what_triton_takes(head, monkeypatch):
+    calls = []
+    for module, name in ((mit, "dwconv_gelu"), (heads, "dwconv_dilated")):
+        original = getattr(module, name)
+
+        def recorded(x, weights, *rest, op=original):
+            calls.append((x, *(weights if isinstance(weights, list) else [weights])))
+            return op(x, weights, *rest)
+
+        monkeypatch.setattr(module, name, recorded)
+    model = ModelConfig(backbone="mit_tiny", channels=16, head=head)
+    make_method("self_training", model=model).losses(make_batch(), 2)["loss"].backward()
+    assert {len(call) for call in calls} == ({2, 4} if head == "daformer" else {2})
+    assert all(tensor.is_contiguous() for call in calls for tensor in call)
 
 
 @pytest.mark.parametrize("variant", ["self_training", "cosine", "injection", "supervised"])

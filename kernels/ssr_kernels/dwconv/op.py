@@ -5,18 +5,22 @@ B batch, H W pixels, C channels.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import checks
-from ..registry import Backend, Op, no_reasons
-from . import reference
+from ..registry import Op
+from .backends import DILATED_BACKENDS, GELU_BACKENDS
 
-GELU = Op("dwconv_gelu", (Backend("reference", reference.dwconv_gelu, no_reasons),))
-DILATED = Op("dwconv_dilated", (Backend("reference", reference.dwconv_dilated, no_reasons),))
+GELU = Op("dwconv_gelu", GELU_BACKENDS)
+DILATED = Op("dwconv_dilated", DILATED_BACKENDS)
 
 
 def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
     """Depthwise 3x3 convolution (zero padding 1) + bias + exact GELU.
+
+    Nothing but the arguments is kept for the backward pass, which is not differentiable itself. Under torch.autocast
+    all arguments are cast to its dtype; sums are float32.
 
     Args:
         x: [B, H, W, C], floating point, any strides (contiguous is the fast case).
@@ -32,17 +36,21 @@ def dwconv_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None 
         BackendError: the backend that was asked for cannot run this call.
     """
     _check_map(x)
+    x, weight, bias = _autocast(x, weight, bias)
     _check_weight("weight", weight, x)
     checks.shape("bias", bias, "[C]", (x.shape[3],))
     checks.same_dtype("bias", bias, "x", x)
     checks.same_device("bias", bias, "x", x)
-    return GELU.choose(backend, (x, weight, bias)).run(x, weight, bias)
+    out: Tensor = GELU.choose(backend, (x, weight, bias)).run(x, weight, bias)
+    return out
 
 
 def dwconv_dilated(
     x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], *, backend: str | None = None
 ) -> list[Tensor]:
     """Several dilated depthwise 3x3 convolutions of one input, without bias; zero padding = dilation keeps the size.
+
+    For the backward pass and torch.autocast see dwconv_gelu.
 
     Args:
         x: [B, H, W, C], floating point, any strides (contiguous is the fast case).
@@ -58,13 +66,23 @@ def dwconv_dilated(
         BackendError: the backend that was asked for cannot run this call.
     """
     _check_map(x)
+    x, *weights = _autocast(x, *weights)
     if len(weights) != len(dilations):
         raise ValueError(f"weights and dilations must be as many (they are {len(weights)} and {len(dilations)})")
     for index, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
         _check_weight(f"weights[{index}]", weight, x)
         if dilation < 1:
             raise ValueError(f"dilations[{index}] must be >= 1 (it is {dilation})")
-    return DILATED.choose(backend, (x, *weights)).run(x, weights, dilations)
+    outs: list[Tensor] = DILATED.choose(backend, (x, *weights)).run(x, weights, dilations)
+    return outs
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, where it is on."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # the question raises for a meta tensor
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
 def _check_map(x: Tensor) -> None:

@@ -1,0 +1,61 @@
+"""dwconv's Triton kernels compiled ahead of time for GPUs that are not there: they compile, within a budget."""
+
+import pytest
+import torch
+
+from tests.aot.dwconv_launches import record
+from tests.aot.triton_compile import MATRIX, SHARED_LIMIT, Launch, compile_all
+
+REGISTERS = {
+    "gelu_forward": (176, 176, 176),
+    "gelu_backward": (248, 244, 240),
+    "dilated_forward": (128, 128, 128),
+    "dilated_dx": (128, 128, 128),
+    "dilated_dw": (128, 128, 128),
+    "tap_sums": (64, 64, 64),
+}
+"""The most registers a thread of each kernel on sm_80, sm_90 and sm_100; nothing may spill in any dtype."""
+
+
+def within_budget(launches: list[Launch], capabilities: tuple[int, ...]) -> None:
+    problems = []
+    for row in compile_all(launches, capabilities):
+        name, capability = row["kernel"], row["capability"]
+        what = f"{name} on sm_{capability}"
+        if "error" in row:
+            problems.append(f"{what}: {row['error']}")
+            continue
+        print(row)
+        allowed = REGISTERS[name][tuple(MATRIX).index(capability)]
+        if row["registers"] > allowed:
+            problems.append(f"{what} takes {row['registers']} registers, more than {allowed}")
+        if row["stack"] or row["spills"]:
+            problems.append(f"{what} spills: {row['stack']} bytes of stack, {row['spills']} instructions")
+        if row["shared"] > SHARED_LIMIT[capability]:
+            problems.append(f"{what} takes {row['shared']} bytes of shared memory")
+    assert not problems, "\n".join(problems)
+
+
+def of_kernel(kernel: str, dtype: torch.dtype) -> list[Launch]:
+    """The different launches of a kernel at crops of 512 and 1024."""
+    found = [launch for crop in (512, 1024) for launch in record(dtype, crop) if launch.kernel == kernel]
+    return list({(str(launch.constants), str(launch.options)): launch for launch in found}.values())
+
+
+def test_every_kernel_of_a_call_has_a_budget():
+    assert {launch.kernel for launch in record(torch.bfloat16)} == set(REGISTERS)
+
+
+def test_the_hottest_kernels_on_hopper():
+    """The others, and the other architectures, are among the slow tests."""
+    within_budget(
+        [*of_kernel("gelu_backward", torch.bfloat16)[:1], *of_kernel("dilated_dx", torch.bfloat16)[:1]], (90,)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kernel", REGISTERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_kernel_on_every_architecture(kernel, dtype):
+    within_budget(of_kernel(kernel, dtype), tuple(MATRIX))
