@@ -100,7 +100,7 @@ def camvid_day_dusk_source_free() -> TrainConfig:
         ignore_top=0.0,
         ignore_bottom=0.0,
         lr_factor=0.1,
-        contrast=0.3,
+        contrast=0.1,
         projection=128,
         pixels=8,
     )

@@ -70,8 +70,7 @@ def gelu_backward(
     base = image.to(tl.int64) * H * W * C
     x += base
     grad += base
-    inside = ((w >= 0) & (w < W))[:, None] & (c < C)[None, :]
-    own = inside & ((column >= HALO) & (column < TW - HALO))[:, None]
+    own = ((column >= HALO) & (column < TW - HALO) & (w < W))[:, None] & (c < C)[None, :]
     k = nine(weight, c, C)
     b = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     left, middle, right = three(x, row0 - 2, w, c, H, W, C)
@@ -89,7 +88,7 @@ def gelu_backward(
         following = b + along(left, middle, right, k[0], k[1], k[2])
         cdf, bell = normal(z)
         dy = tile(grad, row, w, c, H, W, C)
-        dz = tl.where(inside & (row >= 0) & (row < H), dy * (cdf + z * bell * INV_SQRT_2PI), 0.0)
+        dz = dy * (cdf + z * bell * INV_SQRT_2PI)  # 0 outside of the map, as dy is
         dz_left, dz_right = beside(dz, -1, TW, BC), beside(dz, 1, TW, BC)
         if dx is not None:
             dx_above = dx_here + along(dz_left, dz, dz_right, k[2], k[1], k[0])
