@@ -59,7 +59,18 @@ def uniform(key: Tensor, stream: int, shape: Sequence[int]) -> Tensor:
     count = 1
     for size in shape:
         count *= size
-    return ((bits(fold(key, stream), count) >> 8).to(torch.float32) * (1.0 / (1 << 24))).reshape(*shape)
+    return _fraction(bits(fold(key, stream), count)).reshape(*shape)
+
+
+def uniform_streams(key: Tensor, streams: int, count: int) -> Tensor:
+    """Several streams at once: float32 [streams, count], row i as `uniform(key, i, (count,))` draws it."""
+    stream = torch.arange(streams, dtype=torch.int64, device=key.device)
+    return _fraction(bits(fold(key, stream)[:, None], count))
+
+
+def _fraction(drawn: Tensor) -> Tensor:
+    """32 random bits -> float32 in [0, 1), of the upper 24."""
+    return (drawn >> 8).to(torch.float32) * (1.0 / (1 << 24))
 
 
 def bits(key: Tensor, count: int) -> Tensor:

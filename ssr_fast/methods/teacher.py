@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ssr_fast.models.noise import ChannelDropout, DropPath
+from ssr_fast.models.noise import ChannelDropout, StochasticDepth
 from ssr_fast.models.segmentor import Segmentor
 
 
@@ -25,8 +25,8 @@ class Teacher(nn.Module):
         self.net = copy.deepcopy(student).requires_grad_(False)
         self.momentum, self.ramp = momentum, ramp
         for module in self.net.modules():
-            if isinstance(module, DropPath | ChannelDropout):
-                module.p = 0.0
+            if isinstance(module, StochasticDepth | ChannelDropout):
+                module.disable()
 
     def train(self, mode: bool = True) -> "Teacher":
         """The teacher is always in train mode: batch statistics are what it normalises by."""

@@ -5,6 +5,7 @@ Tokens stay channels-last, [B, h, w, C], through the whole network: an NCHW feat
 B batch, C channels, H W pixels, h w feature pixels, N query tokens, M key tokens.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssr_fast.errors import UserError
-from ssr_fast.models.noise import DropPath, Noise
+from ssr_fast.models.noise import Noise, StochasticDepth
 from ssr_kernels.dwconv import dwconv_gelu
 
 # Two values, as in the original: weights were trained with them, and a constant map shows the difference.
@@ -130,22 +131,23 @@ class MixFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; its number in the network gives its two noise streams."""
+    """Pre-norm transformer block."""
 
-    def __init__(self, shape: MiTShape, stage: int, drop_path: float, noise: Noise, number: int) -> None:
+    def __init__(self, shape: MiTShape, stage: int) -> None:
         super().__init__()
         dim = shape.dims[stage]
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, shape.heads[stage], shape.sr_ratios[stage])
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = MixFFN(dim, shape.mlp_ratio * dim)
-        self.drop_attn = DropPath(drop_path, noise, stream=2 * number)
-        self.drop_mlp = DropPath(drop_path, noise, stream=2 * number + 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, h, w, C] -> [B, h, w, C]."""
-        x = x + self.drop_attn(self.attn(self.norm1(x)))
-        return x + self.drop_mlp(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
+        """x [B, h, w, C] -> [B, h, w, C]; factors [2, B, 1, 1, 1] of the two branches, None for 1."""
+        if factors is None:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        x = torch.addcmul(x, self.attn(self.norm1(x)), factors[0])
+        return torch.addcmul(x, self.mlp(self.norm2(x)), factors[1])
 
 
 class MixTransformer(nn.Module):
@@ -154,26 +156,26 @@ class MixTransformer(nn.Module):
     Args:
         shape: its dimensions, see MIT.
         drop_path: the last block's probability of dropping a branch, in [0, 1); it rises linearly from 0.
-        noise: the network's noise; the blocks use its streams 0 .. 2 * sum(depths) - 1.
+        noise: the network's noise; the blocks' branches use its streams 0 .. 2 * sum(depths) - 1.
     """
 
     def __init__(self, shape: MiTShape, drop_path: float, noise: Noise) -> None:
         super().__init__()
         self.shape = shape
         total = sum(shape.depths)
-        number, channels = 0, 3
+        channels = 3
         for index, stage in enumerate(STAGES):
             dim = shape.dims[index]
             kernel, stride = (7, 4) if index == 0 else (3, 2)
             self.add_module(f"patch_embed{stage}", PatchEmbed(channels, dim, kernel, stride))
             blocks = nn.ModuleList()
             for _ in range(shape.depths[index]):
-                rate = drop_path * number / max(total - 1, 1)
-                blocks.append(Block(shape, index, rate, noise, number))
-                number += 1
+                blocks.append(Block(shape, index))
             self.add_module(f"block{stage}", blocks)
             self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=NORM_EPS))
             channels = dim
+        rates = [drop_path * number / max(total - 1, 1) for number in range(total) for _ in ("attn", "mlp")]
+        self.stochastic_depth = StochasticDepth(rates, noise)
         self.apply(_initialise)
 
     def blocks(self) -> Iterator[Block]:
@@ -200,14 +202,22 @@ class MixTransformer(nn.Module):
                 f"make both sides at least {self.shape.smallest_side} pixels"
             )
         x = images.contiguous(memory_format=torch.channels_last)  # 3 channels: cheap, and every map after it follows
+        factors = self._factors(x)
         features = []
         for stage in STAGES:
             tokens = getattr(self, f"patch_embed{stage}")(x)  # [B, h, w, C]
             for block in getattr(self, f"block{stage}"):
-                tokens = block(tokens)
+                tokens = block(tokens, next(factors))
             x = getattr(self, f"norm{stage}")(tokens).permute(0, 3, 1, 2)  # [B, C, h, w]
             features.append(x)
         return features
+
+    def _factors(self, x: Tensor) -> Iterator[Tensor | None]:
+        """Each block's factors of its two branches [2, B, 1, 1, 1], or None, in the blocks' order."""
+        drawn = self.stochastic_depth(x.shape[0], x.dtype)  # [2 blocks, B]
+        if drawn is None:
+            return itertools.repeat(None)
+        return iter(drawn.view(-1, 2, x.shape[0], 1, 1, 1))
 
 
 def _initialise(module: nn.Module) -> None:

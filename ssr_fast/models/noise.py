@@ -26,25 +26,35 @@ class Noise(nn.Module):
         return counter.uniform(self.key, stream, shape)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: the branch of each sample is kept with probability 1 - p and scaled by 1 / (1 - p).
+class StochasticDepth(nn.Module):
+    """Stochastic depth of a whole network: branch i of each sample is kept with probability 1 - rates[i] and scaled by
+    1 / (1 - rates[i]). All branches are drawn at once: one by one they are thousands of operators in a step.
 
     Args:
-        p: probability of dropping, in [0, 1).
+        rates: probability of dropping of each branch, in [0, 1); branch i has the noise's stream i.
         noise: the network's noise.
-        stream: this layer's number in the network.
     """
 
-    def __init__(self, p: float, noise: Noise, stream: int) -> None:
-        super().__init__()
-        self.p, self.noise, self.stream = p, noise, stream
+    rate: Tensor
+    kept: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, ...] -> [B, ...]."""
-        if self.p == 0.0 or not self.training:
-            return x
-        keep = self.noise.uniform(self.stream, (x.shape[0],) + (1,) * (x.ndim - 1)) >= self.p
-        return x * (keep.to(x.dtype) / (1.0 - self.p))
+    def __init__(self, rates: Sequence[float], noise: Noise) -> None:
+        super().__init__()
+        self.rates, self.noise = tuple(rates), noise
+        self.register_buffer("rate", torch.tensor(self.rates)[:, None], persistent=False)
+        self.register_buffer("kept", torch.tensor([1.0 - rate for rate in self.rates])[:, None], persistent=False)
+        self.active = any(rate > 0 for rate in self.rates)
+
+    def disable(self) -> None:
+        """Keep every branch from now on, in training too."""
+        self.active = False
+
+    def forward(self, batch: int, dtype: torch.dtype) -> Tensor | None:
+        """The branches' factors [branches, batch]; None where every branch is kept as it is."""
+        if not self.active or not self.training:
+            return None
+        keep = counter.uniform_streams(self.noise.key, len(self.rates), batch) >= self.rate
+        return (keep.to(self.kept.dtype) / self.kept).to(dtype)
 
 
 class ChannelDropout(nn.Module):
@@ -53,6 +63,10 @@ class ChannelDropout(nn.Module):
     def __init__(self, p: float, noise: Noise, stream: int) -> None:
         super().__init__()
         self.p, self.noise, self.stream = p, noise, stream
+
+    def disable(self) -> None:
+        """Keep every channel from now on, in training too."""
+        self.p = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] -> [B, C, h, w]."""

@@ -122,3 +122,9 @@ def test_a_device_key_draws_the_same_numbers():
         drawn = counter.uniform(key(8).cuda(), 5, (count,))
         assert drawn.is_cuda
         assert torch.equal(drawn.cpu(), counter.uniform(key(8), 5, (count,)))
+
+
+def test_several_streams_at_once_equal_one_by_one():
+    drawn = counter.uniform_streams(key(77), 6, 9)
+    assert drawn.shape == (6, 9) and drawn.dtype == torch.float32
+    assert all(torch.equal(row, counter.uniform(key(77), stream, (9,))) for stream, row in enumerate(drawn))

@@ -9,7 +9,7 @@ from torch import nn
 from ssr_fast.errors import UserError
 from ssr_fast.models.heads import DROPOUT_STREAM, DAFormerHead
 from ssr_fast.models.mit import MIT, Attention, MixTransformer
-from ssr_fast.models.noise import ChannelDropout, DropPath, Noise
+from ssr_fast.models.noise import ChannelDropout, Noise, StochasticDepth
 from ssr_fast.models.segmentor import ModelConfig, Segmentor, build_segmentor
 from tests.syncfree import NoHostSync
 
@@ -119,17 +119,32 @@ def test_every_parameter_learns(seed: int) -> None:
 def test_drop_path_rises_linearly_and_no_two_layers_share_a_stream() -> None:
     with torch.device("meta"):
         backbone = MixTransformer(MIT["mit_b2"], 0.3, Noise())
-    blocks = list(backbone.blocks())
-    assert len(blocks) == 16
-    assert [block.drop_attn.p for block in blocks] == pytest.approx([0.3 * i / 15 for i in range(16)])
-    assert [block.drop_mlp.p for block in blocks] == [block.drop_attn.p for block in blocks]
-    streams = {m.stream for m in backbone.modules() if isinstance(m, DropPath)}
-    assert len(streams) == 32
-    assert max(streams) < 2 * 52 < DROPOUT_STREAM
+    rates = backbone.stochastic_depth.rates
+    assert len(rates) == 2 * len(list(backbone.blocks())) == 32
+    assert list(rates[::2]) == list(rates[1::2]) == pytest.approx([0.3 * i / 15 for i in range(16)])
+    assert 2 * 52 < DROPOUT_STREAM
     segmentor = tiny()
-    noisy = [m for m in segmentor.modules() if isinstance(m, (DropPath, ChannelDropout))]
-    assert len({m.stream for m in noisy}) == len(noisy) == 9
-    assert all(m.noise is segmentor.noise for m in noisy)
+    noisy = [m for m in segmentor.modules() if isinstance(m, (StochasticDepth, ChannelDropout))]
+    assert len(noisy) == 2 and all(m.noise is segmentor.noise for m in noisy)
+
+
+def test_each_branch_of_each_sample_is_dropped_by_its_own_factor() -> None:
+    """Against the blocks' branches added by hand, with the numbers that the streams draw one by one."""
+    segmentor = tiny(drop_path=0.6)
+    segmentor.noise.key.fill_(11)
+    backbone, seen, dropped = segmentor.backbone, [], 0
+    blocks = list(backbone.blocks())
+    for block in blocks:
+        block.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
+    backbone(torch.randn(3, 3, 64, 64))
+    for number, (block, (x, out)) in enumerate(zip(blocks, seen, strict=True)):
+        rate = 0.6 * number / (len(blocks) - 1)
+        for stream, norm, branch in ((2 * number, block.norm1, block.attn), (2 * number + 1, block.norm2, block.mlp)):
+            keep = segmentor.noise.uniform(stream, (3, 1, 1, 1)) >= rate
+            dropped += int((~keep).sum())
+            x = x + branch(norm(x)) * keep / (1 - rate)
+        torch.testing.assert_close(out, x)
+    assert dropped > 0
 
 
 def test_noise_is_a_function_of_the_key_alone() -> None:
@@ -155,7 +170,7 @@ def test_a_copy_has_its_own_noise() -> None:
     teacher = copy.deepcopy(student)
     teacher.noise.key.fill_(7)
     assert student.noise.key == 0
-    assert all(m.noise is teacher.noise for m in teacher.modules() if isinstance(m, (DropPath, ChannelDropout)))
+    assert all(m.noise is teacher.noise for m in teacher.modules() if isinstance(m, (StochasticDepth, ChannelDropout)))
 
 
 def test_the_key_is_not_saved() -> None:
@@ -164,11 +179,16 @@ def test_the_key_is_not_saved() -> None:
 
 def test_drop_path_drops_whole_samples_at_its_rate() -> None:
     noise = Noise()
-    layer = DropPath(0.25, noise, stream=3)
-    out = layer(torch.ones(4000, 2, 3))
-    kept = out[:, 0, 0] != 0
-    assert torch.equal(out, (kept.float() / 0.75)[:, None, None].expand_as(out))
-    assert abs(kept.float().mean() - 0.75) < 0.03
+    factors = StochasticDepth([0.25, 0.0, 0.5], noise)(4000, torch.float32)
+    assert factors is not None and factors.shape == (3, 4000)
+    for row, rate in zip(factors, (0.25, 0.0, 0.5), strict=True):
+        kept = row != 0
+        assert torch.equal(row, kept.float() / (1 - rate))
+        assert abs(kept.float().mean() - (1 - rate)) < 0.03
+    assert StochasticDepth([0.0, 0.0], noise)(4, torch.float32) is None
+    off = StochasticDepth([0.5], noise)
+    off.disable()
+    assert off(4, torch.float32) is None
 
 
 def test_equal_seeds_build_equal_networks_and_leave_the_generator_alone() -> None:
