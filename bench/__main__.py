@@ -14,9 +14,16 @@ import torch
 
 from . import document, measure, tables
 from .harness import Bench, Case, Row, Setting, run
-from .kernels import align, contrast, dwconv
+from .kernels import align, contrast, dwconv, segloss
 
-BENCHES: tuple[Bench, ...] = (align.BENCH, contrast.BENCH, contrast.SAMPLER, dwconv.BENCH, dwconv.DILATED_BENCH)
+BENCHES: tuple[Bench, ...] = (
+    align.BENCH,
+    contrast.BENCH,
+    contrast.SAMPLER,
+    dwconv.BENCH,
+    dwconv.DILATED_BENCH,
+    segloss.BENCH,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

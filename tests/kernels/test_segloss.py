@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssr_kernels.segloss import check_labels, pseudo_label, segloss
+from ssr_kernels.segloss import check_labels, pseudo_label, reference, segloss
 from tests.syncfree import NoHostSync
 
 CASES = {  # logits [B, h, w, K], labels (H, W)
@@ -30,13 +30,14 @@ def upsampled(logits, size):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("labels_dtype", [torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("labels_dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_equals_cross_entropy_over_all_pixels(case, labels_dtype, seed):
     logits, labels, weights = make(case, labels_dtype=labels_dtype)
     losses = F.cross_entropy(upsampled(logits, labels.shape[1:]), labels.long(), ignore_index=255, reduction="none")
-    torch.testing.assert_close(segloss(logits, labels), losses.mean(), rtol=1e-12, atol=1e-12)
     expected = (losses * weights).mean()
-    torch.testing.assert_close(segloss(logits, labels, weights), expected, rtol=1e-12, atol=1e-12)
+    for loss in (segloss, reference.segloss):
+        torch.testing.assert_close(loss(logits, labels, None, 255), losses.mean(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(loss(logits, labels, weights, 255), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_denominator_counts_ignored_pixels():
@@ -47,11 +48,19 @@ def test_the_denominator_counts_ignored_pixels():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_first_and_second_order(case, seed):
+def test_gradcheck(case, seed):
     logits, labels, weights = make(case)
     logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: segloss(z, labels, weights), logits)
-    assert torch.autograd.gradgradcheck(lambda z: segloss(z, labels, weights), logits, fast_mode=True)
+    for loss, fast in ((segloss, False), (reference.segloss, True)):
+        assert torch.autograd.gradcheck(lambda z, loss=loss: loss(z, labels, weights, 255), logits, fast_mode=fast)
+
+
+def test_a_second_derivative_is_refused_with_the_way_out(seed):
+    logits, labels, weights = make("odd")
+    logits.requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative.*segloss.reference.segloss"):
+        torch.autograd.grad(segloss(logits, labels, weights), logits, create_graph=True)
+    assert torch.autograd.gradgradcheck(lambda z: reference.segloss(z, labels, weights, 255), logits, fast_mode=True)
 
 
 def test_all_ignored_or_weightless_is_zero_with_zero_gradient(seed):
@@ -179,6 +188,11 @@ def test_refusals_name_the_argument(seed):
     for kind, message, arguments in refused:
         with pytest.raises(kind, match=message):
             segloss(*arguments)
+    for shape in ((1, 0, 2, 3), (1, 2, 0, 3), (1, 2, 2, 0)):
+        with pytest.raises(ValueError, match="logits must have at least one pixel and one class"):
+            segloss(torch.zeros(shape), labels[:1])
+    with pytest.raises(ValueError, match="labels must have at least one row and one column"):
+        segloss(logits, labels[:, :0])
     with pytest.raises(ValueError, match="1 to 255 classes .* 256"):
         pseudo_label(torch.zeros(1, 1, 1, 256), (2, 2), 0.5)
     with pytest.raises(ValueError, match="size must be"):

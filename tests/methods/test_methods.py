@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ssr_fast.data.augment import normalise_batch
-from ssr_fast.methods import regularisers
+from ssr_fast.methods import method as method_module
+from ssr_fast.methods import regularisers, self_training
 from ssr_fast.methods.method import class_weights, step_key
 from ssr_fast.methods.ssr import SsrConfig
 from ssr_fast.models import heads, mit
@@ -80,20 +81,25 @@ def test_a_step_aligns_what_the_compiled_backends_take(variant, head, monkeypatc
 
 
 @pytest.mark.parametrize("head", ["daformer", "segformer"])
-def test_a_step_convolves_what_triton_takes(head, monkeypatch):
-    calls = []
-    for module, name in ((mit, "dwconv_gelu"), (heads, "dwconv_dilated")):
+def test_a_step_gives_the_other_kernels_what_triton_takes(head, monkeypatch):
+    calls = {}
+    for module, name in (
+        (mit, "dwconv_gelu"), (heads, "dwconv_dilated"), (method_module, "segloss"), (self_training, "pseudo_label")
+    ):  # fmt: skip
         original = getattr(module, name)
 
-        def recorded(x, weights, *rest, op=original):
-            calls.append((x, *(weights if isinstance(weights, list) else [weights])))
-            return op(x, weights, *rest)
+        def recorded(*arguments, op=original, name=name):
+            flat = [t for argument in arguments for t in (argument if isinstance(argument, list) else [argument])]
+            calls.setdefault(name, []).append([t for t in flat if isinstance(t, torch.Tensor)])
+            return op(*arguments)
 
         monkeypatch.setattr(module, name, recorded)
     model = ModelConfig(backbone="mit_tiny", channels=16, head=head)
     make_method("self_training", model=model).losses(make_batch(), 2)["loss"].backward()
-    assert {len(call) for call in calls} == ({2, 4} if head == "daformer" else {2})
-    assert all(tensor.is_contiguous() for call in calls for tensor in call)
+    expected = {"dwconv_gelu", "segloss", "pseudo_label"} | ({"dwconv_dilated"} if head == "daformer" else set())
+    assert calls.keys() == expected and len(calls["segloss"]) == 2
+    for name, every in calls.items():
+        assert all(tensor.is_contiguous() for call in every for tensor in call), name
 
 
 @pytest.mark.parametrize("variant", ["self_training", "cosine", "injection", "supervised"])

@@ -3,14 +3,18 @@
 B batch, h w pixels of the logits, H W pixels of the labels, K classes.
 """
 
+import torch
 from torch import Tensor
 
 from .. import checks
-from ..registry import Backend, Op, no_reasons
-from . import reference
+from ..registry import Op
+from .backends import PSEUDO_LABEL_BACKENDS, SEGLOSS_BACKENDS
 
-SEGLOSS = Op("segloss", (Backend("reference", reference.segloss, no_reasons),))
-PSEUDO_LABEL = Op("pseudo_label", (Backend("reference", reference.pseudo_label, no_reasons),))
+SEGLOSS = Op("segloss", SEGLOSS_BACKENDS)
+PSEUDO_LABEL = Op("pseudo_label", PSEUDO_LABEL_BACKENDS)
+
+LABELS = (torch.uint8, torch.int32, torch.int64)
+"""The dtypes that the kernels read; labels of another one are copied."""
 
 MAX_CLASSES = 255
 """Pseudo-labels are uint8, and 255 means ignore."""
@@ -30,6 +34,9 @@ def segloss(
     there. A label outside [0, K) counts as ignored too, on every backend: the training step cannot afford to look
     (that would wait for the device). Find such labels beforehand with `check_labels`.
 
+    Four bytes a label pixel are kept for the backward pass, which is not differentiable itself; no map of B*K*H*W
+    numbers is ever made. Sums are float32.
+
     Args:
         logits: [B, h, w, K], floating point.
         labels: [B, H, W], any integer dtype.
@@ -48,10 +55,14 @@ def segloss(
     checks.shape("labels", labels, "[B, H, W]", (logits.shape[0], None, None))
     checks.integer("labels", labels)
     checks.same_device("labels", labels, "logits", logits)
+    if 0 in labels.shape[1:]:
+        raise ValueError(f"labels must have at least one row and one column (it has {list(labels.shape)})")
     if weights is not None:
         checks.shape("weights", weights, "[B, H, W]", tuple(labels.shape))
         checks.floating("weights", weights)
         checks.same_device("weights", weights, "logits", logits)
+        weights = weights.detach()
+    labels = labels if labels.dtype in LABELS else labels.to(torch.int64)
     tensors = (logits, labels) if weights is None else (logits, labels, weights)
     return SEGLOSS.choose(backend, tensors).run(logits, labels, weights, ignore_index)
 
@@ -107,3 +118,5 @@ def check_labels(labels: Tensor, class_count: int, ignore_index: int = 255) -> N
 def _check_logits(logits: Tensor) -> None:
     checks.shape("logits", logits, "[B, h, w, K]", (None, None, None, None))
     checks.floating("logits", logits)
+    if 0 in logits.shape[1:]:
+        raise ValueError(f"logits must have at least one pixel and one class (it has {list(logits.shape)})")
