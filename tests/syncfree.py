@@ -65,13 +65,15 @@ class NoHostSync(TorchDispatchMode):
 
 
 class _NoReads(TorchFunctionMode):
-    """Refuses the calls that read a CPU tensor's memory without passing the dispatcher."""
+    """Refuses the calls that read a CPU tensor's memory, or make a tensor of the host's, unseen by the dispatcher."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.__array__):
             raise HostSyncError(f"{func.__name__}: copies from the device to the host")
+        if func in (torch.tensor, torch.as_tensor):
+            raise HostSyncError(f"torch.{func.__name__}: copies from the host to the device, and waits for it")
         return func(*args, **(kwargs or {}))
 
 

@@ -29,9 +29,13 @@ def normalise(image: NDArray[np.uint8]) -> Tensor:
 
 def normalise_batch(images: Tensor) -> Tensor:
     """images uint8 [B, H, W, 3] RGB -> float32 [B, 3, H, W] on the same device, channels-last in memory."""
-    mean = torch.tensor(MEAN, device=images.device)
-    std = torch.tensor(STD, device=images.device)
+    mean, std = _constant(MEAN, images.device), _constant(STD, images.device)
     return ((images.to(torch.float32) - mean) / std).permute(0, 3, 1, 2)
+
+
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [len(values)], made on the device: torch.tensor would copy it there, and wait."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def fitted_size(width: int, height: int, box: tuple[int, int] | None) -> tuple[int, int]:
@@ -105,8 +109,7 @@ def strong_augment(images: Tensor, key: Tensor, strength: float, jitter_p: float
         float32 [B, 3, H, W], normalised.
     """
     draw = counter.uniform(key, 0, (7,))
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = (_constant(values, images.device).view(1, 3, 1, 1) for values in (MEAN, STD))
     rgb = ((images.contiguous() * std + mean) / 255.0).clamp(0.0, 1.0)  # planes: a pixel's channels meet in no vector
     factors = 1.0 + strength * (2.0 * draw[:3] - 1.0)
     jittered = color_jitter(rgb, factors[0], factors[1], factors[2], strength * (2.0 * draw[3] - 1.0))
@@ -141,7 +144,7 @@ def _shift_hue(rgb: Tensor, hue: Tensor) -> Tensor:
     r, g, b = rgb.unbind(1)
     turn = torch.where(high == r, (g - b) / safe, torch.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     turn = (turn / 6 + hue) % 1.0 * 6  # [B, H, W] in sixths of a turn
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=rgb.device).view(1, 3, 1, 1)
+    offsets = _constant((5.0, 3.0, 1.0), rgb.device).view(1, 3, 1, 1)
     k = (turn[:, None] + offsets) % 6
     return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0.0, 1.0)
 

@@ -108,7 +108,7 @@ class StepGuard:
         grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
             raise RuntimeError("StepGuard.step() found no gradient: call it after the backward pass")
-        norm = get_total_norm(grads)
+        norm = get_total_norm(grads, foreach=True)
         if hasattr(norm, "full_tensor"):  # a DTensor, asked without the seconds that importing its class takes
             norm = norm.full_tensor()
         finite = torch.isfinite(norm)

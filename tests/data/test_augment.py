@@ -109,5 +109,6 @@ def test_strong_augment_is_a_function_of_its_key_and_keeps_its_probabilities():
 
 
 def test_strong_augment_never_waits_for_the_device():
+    drawn = key()
     with NoHostSync():
-        augment.strong_augment(torch.zeros(1, 3, 8, 8), key(), 0.2, 0.8, 0.5)
+        augment.strong_augment(torch.zeros(1, 3, 8, 8), drawn, 0.2, 0.8, 0.5)

@@ -32,7 +32,7 @@ def _values(step: int) -> dict[str, Tensor | float]:
     return {
         "loss": loss,
         "loss/mixed": (loss / 3).bfloat16(),
-        "skipped": torch.tensor(step // 2),
+        "skipped": torch.full((), step // 2),
         "lr": 0.1 / step,
         "images": 4,
     }

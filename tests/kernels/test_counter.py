@@ -107,9 +107,10 @@ def test_fold_takes_a_number_or_a_tensor_and_rarely_collides():
 
 
 def test_no_host_sync():
-    start = key(1)
+    start, number = key(1), key(2)
     with NoHostSync():
-        counter.uniform(counter.fold(start, key(2)), 4, (8, 8))
+        counter.uniform(counter.fold(start, number), 4, (8, 8))
+        counter.uniform_streams(start, 3, 5)
 
 
 def test_the_result_is_on_the_device_of_the_key():

@@ -7,6 +7,7 @@ import torch
 from tests.syncfree import HostSyncError, NoHostSync
 
 X = torch.tensor([0.5, -1.0, 2.0])
+INDEX, REPEATS = torch.tensor([2, 0]), torch.tensor([1, 2, 3])
 FORBIDDEN = {
     "item": lambda: X.sum().item(),
     "float": lambda: float(X[0]),
@@ -21,22 +22,25 @@ FORBIDDEN = {
     "unique_dim": lambda: X[:, None].unique(dim=0),
     "unique_consecutive": lambda: X.unique_consecutive(),
     "masked_select": lambda: X.masked_select(X > 0),
-    "bincount": lambda: torch.tensor([1, 2]).bincount(),
+    "bincount": lambda: REPEATS.bincount(),
     "boolean indexing": lambda: X[X > 0],
     "boolean assignment": lambda: X.clone().index_put_((X > 0,), torch.zeros(2)),
     "equal": lambda: torch.equal(X, X),
     "allclose": lambda: torch.allclose(X, X),
-    "repeat_interleave": lambda: X.repeat_interleave(torch.tensor([1, 2, 3])),
+    "repeat_interleave": lambda: X.repeat_interleave(REPEATS),
+    "constants": lambda: torch.tensor([1.0, 2.0]),
+    "constants as they are": lambda: torch.as_tensor([1.0, 2.0]),
 }
 ALLOWED = {
     "where with values": lambda: torch.where(X > 0, X, 0.0),
-    "gather": lambda: X.gather(0, torch.tensor([2])),
-    "integer indexing": lambda: X[torch.tensor([2, 0])],
+    "gather": lambda: X.gather(0, INDEX),
+    "integer indexing": lambda: X[INDEX],
     "masked_fill": lambda: X.masked_fill(X > 0, 0.0),
     "topk": lambda: X.topk(2),
     "repeat_interleave": lambda: X.repeat_interleave(2),
-    "repeat_interleave of known size": lambda: X.repeat_interleave(torch.tensor([1, 2, 3]), output_size=6),
+    "repeat_interleave of known size": lambda: X.repeat_interleave(REPEATS, output_size=6),
     "sort": lambda: X.sort(),
+    "constants made there": lambda: torch.full((2,), 0.5),
 }
 
 

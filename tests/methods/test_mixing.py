@@ -48,5 +48,6 @@ def test_paste_images_and_labels():
 
 def test_never_waits_for_the_device():
     labels = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    drawn = key(0)
     with NoHostSync():
-        paste(class_masks(labels, 5, key(0)), labels, labels)
+        paste(class_masks(labels, 5, drawn), labels, labels)
