@@ -1,7 +1,8 @@
 """Compare implementations side by side: `python -m bench [NAME...] [--list] [--json [FILE]] [--quick]`.
 
 On a GPU if there is one, else the small cases on the CPU. Exit code 0: everything that can run here ran and is right;
-1: a provider raised or returned a wrong result; 2: a mistake on the command line.
+1: a provider raised or returned a wrong result; 2: a mistake on the command line. `python -m bench ledger` times
+nothing and counts what a training step asks of the device (--help says more).
 """
 
 import argparse
@@ -28,7 +29,12 @@ BENCHES: tuple[Bench, ...] = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = parse(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["ledger"]:
+        from .ledger.__main__ import main as ledger
+
+        return ledger(words[1:])
+    options = parse(words)
     if options.list:
         for bench in BENCHES:
             print(f"{bench.name:24} {bench.about}")

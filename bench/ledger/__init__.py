@@ -1,0 +1,1 @@
+"""What a training step asks of a device, counted at full size without one."""

@@ -1,0 +1,120 @@
+"""The recipes that the ledger counts: the released loop, and our step as it is."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.ledger import released
+from bench.ledger.counting import Counts, Ledger
+from ssr_fast.data.labels import CITYSCAPES
+from ssr_fast.data.torch_loader import Batch
+from ssr_fast.engine.guard import StepGuard
+from ssr_fast.engine.optim import OptimConfig, build_optimizer
+from ssr_fast.methods import teacher
+from ssr_fast.methods.self_training import SelfTraining, SelfTrainingConfig
+from ssr_fast.methods.ssr import Ssr, SsrConfig
+from ssr_fast.models.sam import SHAPES, FrozenEncoder, build_vit
+from ssr_fast.models.sam_attention import use_low_rank_attention
+from ssr_fast.models.segmentor import ModelConfig, Segmentor, build_segmentor
+
+MODEL = ModelConfig()
+"""MiT-B5 with the DAFormer head."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Images a domain and the side of the crop."""
+
+    batch: int
+    crop: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}+{self.batch}@{self.crop}"
+
+
+SIZES = (Size(2, 512), Size(8, 512), Size(2, 1024))
+
+
+def fake_batch(size: Size) -> Batch:
+    """One step's samples; only their shapes are real."""
+    image = torch.empty(size.batch, size.crop, size.crop, 3, dtype=torch.uint8)
+    label = torch.empty(size.batch, size.crop, size.crop, dtype=torch.uint8)
+    return Batch(image, label, image.clone(), torch.empty(label.shape, dtype=torch.bool))
+
+
+def build() -> Segmentor:
+    """MiT-B5 with the DAFormer head for Cityscapes' classes."""
+    return build_segmentor(MODEL, CITYSCAPES.count, 0)
+
+
+def released_loop(size: Size, autocast: bool, levers: Sequence[str] = ()) -> Counts:
+    """One step of the released loop, with some levers pulled."""
+    batch, step = fake_batch(size), released.ReleasedStep(build(), build, levers)
+    with (
+        released.parts(levers),
+        released.autocast() if autocast else contextlib.nullcontext(),
+        Ledger(*step.nets()) as ledger,
+    ):
+        step(ledger, batch, 1000)
+    return ledger.counts
+
+
+def ours(size: Size, sam: str = "") -> Counts:
+    """One step of ours, optimiser and average included; with a frozen SAM of that name (vit_b, vit_h)."""
+    batch, student = fake_batch(size), build()
+    common = (torch.ones(256), 0, SelfTrainingConfig(), CITYSCAPES.count)
+    reference: nn.Module = build().backbone
+    with patch.object(teacher.copy, "deepcopy", lambda net: build()):  # fake tensors cannot be copied
+        if sam:
+            encoder = build_vit(SHAPES[sam])
+            use_low_rank_attention(encoder)
+            frozen = FrozenEncoder(encoder, SHAPES[sam].size, False)
+            method: SelfTraining = Ssr(
+                student, *common, SsrConfig(), frozen, things=CITYSCAPES.things, reference=reference
+            )
+        else:
+            method = SelfTraining(student, *common, CITYSCAPES.things, reference)
+    method.train()
+    optimizer = build_optimizer(method.trainable(), OptimConfig())
+    guard = StepGuard(optimizer, [b for m in method.modules() if isinstance(m, nn.BatchNorm2d) for b in m.buffers()])
+    with Ledger(*method.children()) as ledger:
+        guard.before_forward()
+        with ledger.saving():
+            terms = method.losses(batch, 1000)
+        ledger.backward(terms["loss"])
+        guard.step()
+        optimizer.zero_grad(set_to_none=True)
+    return ledger.counts
+
+
+Recipe = Callable[[Size], Counts]
+
+LEAN = "lean"
+DAFORMER: dict[str, Recipe] = {
+    "daformer-autocast": partial(released_loop, autocast=True),
+    "daformer-tf32": partial(released_loop, autocast=False),
+    **{
+        lever: partial(released_loop, autocast=False, levers=released.LEVERS[: number + 1])
+        for number, lever in enumerate(released.LEVERS)
+    },
+    LEAN: ours,
+}
+"""The levers one after another, each with those before it, from the loop in float32; then our step as it is."""
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "daformer": DAFORMER,
+    "ssr, SAM-B online": {LEAN: partial(ours, sam="vit_b")},
+    "ssr, SAM-H online": {LEAN: partial(ours, sam="vit_h")},
+}
+
+
+def count(recipe: Recipe, size: Size) -> Counts:
+    """A recipe's step at a size, on fake tensors."""
+    with FakeTensorMode():
+        return recipe(size)
