@@ -24,6 +24,7 @@ from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.host_memory import keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig
+from ssr_fast.engine.precision import apply_precision, pick_precision
 from ssr_fast.engine.side_by_side import share, side_by_side
 from ssr_fast.engine.trainer import Branch, Trainer, pick_device
 from ssr_fast.errors import UserError
@@ -60,6 +61,7 @@ class Session:
         self.console: Console | None = None
         self.folder = Path(config.run.dir)
         self.device = pick_device(config.run.device)
+        self.precision = pick_precision(config.run.precision, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.resolved = plain(dataclasses.asdict(config))
@@ -191,6 +193,7 @@ class Session:
             seed=config.run.seed,
             device=self.device,
         )
+        apply_precision(method, self.precision)
         store, log = self._records(stage)
         branch = None
         if shared and name == "self_training":

@@ -35,7 +35,9 @@ def main(argv: list[str]) -> int:
     gc.enable()
     config, preset, resume = configure(argv)
     session = Session(config, preset, resume, ["python", "-m", "ssr_fast.train", *argv])
-    print(f"{preset}: {', '.join(config.stages())} on {session.device}, writing {session.folder}")
+    print(
+        f"{preset}: {', '.join(config.stages())} on {session.device} in {session.precision}, writing {session.folder}"
+    )
     try:
         summary = session.train()
     except Stopped as stopped:

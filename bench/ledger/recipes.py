@@ -1,6 +1,7 @@
 """The recipes that the ledger counts: the released loop, and our step as it is."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from ssr_fast.data.labels import CITYSCAPES
 from ssr_fast.data.torch_loader import Batch
 from ssr_fast.engine.guard import StepGuard
 from ssr_fast.engine.optim import OptimConfig, build_optimizer
-from ssr_fast.methods import teacher
+from ssr_fast.engine.precision import apply_precision
 from ssr_fast.methods.self_training import SelfTraining, SelfTrainingConfig
 from ssr_fast.methods.ssr import Ssr, SsrConfig
 from ssr_fast.models.sam import SHAPES, FrozenEncoder, build_vit
@@ -65,12 +66,12 @@ def released_loop(size: Size, autocast: bool, levers: Sequence[str] = ()) -> Cou
     return ledger.counts
 
 
-def ours(size: Size, sam: str = "") -> Counts:
+def ours(size: Size, sam: str = "", precision: str = "bf16") -> Counts:
     """One step of ours, optimiser and average included; with a frozen SAM of that name (vit_b, vit_h)."""
     batch, student = fake_batch(size), build()
     common = (torch.ones(256), 0, SelfTrainingConfig(), CITYSCAPES.count)
     reference: nn.Module = build().backbone
-    with patch.object(teacher.copy, "deepcopy", lambda net: build()):  # fake tensors cannot be copied
+    with patch.object(copy, "deepcopy", _copied):
         if sam:
             encoder = build_vit(SHAPES[sam])
             use_low_rank_attention(encoder)
@@ -80,22 +81,32 @@ def ours(size: Size, sam: str = "") -> Counts:
             )
         else:
             method = SelfTraining(student, *common, CITYSCAPES.things, reference)
-    method.train()
+        apply_precision(method.train(), precision)
     optimizer = build_optimizer(method.trainable(), OptimConfig())
-    guard = StepGuard(optimizer, [b for m in method.modules() if isinstance(m, nn.BatchNorm2d) for b in m.buffers()])
+    norms = [module for module in method.modules() if isinstance(module, nn.BatchNorm2d)]
+    buffers = {id(buffer): buffer for norm in norms for buffer in norm.buffers()}  # working copies share them
+    guard = StepGuard(optimizer, list(buffers.values()))
     with Ledger(*method.children()) as ledger:
         guard.before_forward()
         with ledger.saving():
             terms = method.losses(batch, 1000)
         ledger.backward(terms["loss"])
+        method.hand_over()
         guard.step()
+        method.refresh()
         optimizer.zero_grad(set_to_none=True)
     return ledger.counts
 
 
+def _copied(net: nn.Module, deepcopy: Callable[..., nn.Module] = copy.deepcopy) -> nn.Module:
+    """A deep copy; fake tensors, which cannot be copied, are made anew."""
+    made: dict[int, object] = {id(p): nn.Parameter(torch.empty_like(p), p.requires_grad) for p in net.parameters()}
+    return deepcopy(net, made | {id(buffer): torch.empty_like(buffer) for buffer in net.buffers()})
+
+
 Recipe = Callable[[Size], Counts]
 
-LEAN = "lean"
+FLOAT32, LEAN = "one pass, no sync, one backward", "lean"
 DAFORMER: dict[str, Recipe] = {
     "daformer-autocast": partial(released_loop, autocast=True),
     "daformer-tf32": partial(released_loop, autocast=False),
@@ -103,9 +114,10 @@ DAFORMER: dict[str, Recipe] = {
         lever: partial(released_loop, autocast=False, levers=released.LEVERS[: number + 1])
         for number, lever in enumerate(released.LEVERS)
     },
+    FLOAT32: partial(ours, precision="fp32"),
     LEAN: ours,
 }
-"""The levers one after another, each with those before it, from the loop in float32; then our step as it is."""
+"""The levers one after another, each with those before it, from the loop in float32; our step; and it in bfloat16."""
 
 RECIPES: dict[str, dict[str, Recipe]] = {
     "daformer": DAFORMER,

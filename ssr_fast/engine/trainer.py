@@ -15,6 +15,7 @@ from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.guard import StepGuard, StopSignal
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig, build_optimizer, learning_rate, optimizer_state, set_learning_rate
+from ssr_fast.engine.precision import PRECISIONS
 from ssr_fast.engine.progress import Progress
 from ssr_fast.errors import UserError
 from ssr_fast.methods.method import Method
@@ -32,6 +33,9 @@ class RunConfig:
     """Seed of the initial weights, the samples and all augmentation."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    precision: str = "auto"
+    """bf16 (copies of the weights and activations; weights, losses and statistics stay float32), tf32 (a GPU's), fp32,
+    or auto: bf16 on a GPU that has it, else fp32."""
     stages: tuple[str, ...] | None = None
     """Methods to train one after another from the same start, to compare them; null: only method.name."""
     log_every: int = 50
@@ -54,6 +58,8 @@ class RunConfig:
         for name in ("seed", "samples"):
             if getattr(self, name) < 0:
                 found.append(f"--{where}.{name} must not be negative (it is {getattr(self, name)})")
+        if self.precision not in PRECISIONS:
+            found.append(f"--{where}.precision must be one of {', '.join(PRECISIONS)} (it is {self.precision})")
         kind = self.device.partition(":")[0]
         if kind not in ("auto", "cpu", "cuda"):
             found.append(f"--{where}.device must be auto, cpu, cuda or cuda:N (it is {self.device})")
@@ -143,6 +149,7 @@ class Trainer:
         self.store.load(path, state)
         self.done, self.seconds = int(state["progress"]["step"]), float(state["progress"]["seconds"])
         self.guard.skipped.fill_(int(state["progress"]["skipped"]))
+        self.method.refresh()
         self.log.load_state_dict(state["log"])
         self.log.truncate(self.done)
         self.report(f"resumed {self.method.stage_name} after step {self.done} from {path}")
@@ -186,7 +193,9 @@ class Trainer:
         self.guard.before_forward()
         terms = self.method.losses(batch, step)
         terms["loss"].backward()
+        self.method.hand_over()
         self.guard.step()
+        self.method.refresh()
         self.optimizer.zero_grad(set_to_none=True)
         terms["loss"] = terms["loss"].detach()
         return {**terms, "grad_norm": self.guard.grad_norm, "skipped": self.guard.skipped}
@@ -221,10 +230,12 @@ class Trainer:
 
 
 def _statistics(method: Method) -> Iterator[Tensor]:
-    """Running statistics that a forward pass changes, of the student and of a teacher."""
+    """Running statistics that a forward pass changes, of the student and of a teacher; working copies share them."""
+    found: dict[int, Tensor] = {}
     for module in method.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            yield from (buffer for buffer in module.buffers(recurse=False))
+            found.update((id(buffer), buffer) for buffer in module.buffers(recurse=False))
+    yield from found.values()
 
 
 def _never_finite(steps: int, lr: float) -> str:

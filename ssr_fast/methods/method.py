@@ -3,8 +3,9 @@
 B batch, H W pixels, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ssr_fast.data.augment import normalise_batch
 from ssr_fast.data.torch_loader import Batch
 from ssr_fast.models.segmentor import Segmentor
+from ssr_fast.models.working_copy import WorkingCopy
 from ssr_kernels import counter
 from ssr_kernels.segloss import segloss
 
@@ -88,7 +90,38 @@ class Method(nn.Module):
     def __init__(self, student: Segmentor, weights: Tensor, seed: int, rank: int = 0) -> None:
         super().__init__()
         self.student, self.seed, self.rank = student, seed, rank
+        self.copies, self.dtype = nn.ModuleDict(), torch.float32
         self.register_buffer("class_weight", weights, persistent=False)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Run forward and backward passes in a lower precision, on copies that follow the nets; those stay float32.
+
+        Args:
+            dtype: of the copies' parameters and of the activations.
+        """
+        self.copies = nn.ModuleDict({name: WorkingCopy(net, dtype) for name, net in self.computed().items()})
+        self.dtype = dtype
+
+    def computed(self) -> dict[str, nn.Module]:
+        """The trained nets that the step runs, by the names that `running` takes."""
+        return {"student": self.student}
+
+    def running(self, name: str) -> Any:
+        """A net of `computed` as the step runs it: its working copy, if there is one."""
+        return self.copies[name].net if name in self.copies else self.computed()[name]
+
+    def hand_over(self) -> None:
+        """Gradients of the working copies to the nets that they follow; before the optimiser's step."""
+        for working in self._working_copies():
+            working.hand_over()
+
+    def refresh(self) -> None:
+        """The nets' values to their working copies; after the optimiser's step, and after a checkpoint was loaded."""
+        for working in self._working_copies():
+            working.refresh()
+
+    def _working_copies(self) -> Iterator[WorkingCopy]:
+        return (module for module in self.modules() if isinstance(module, WorkingCopy))
 
     def trainable(self) -> dict[str, nn.Module]:
         """Modules by optimiser group: backbone, head and, where a method has them, extra."""
@@ -111,7 +144,7 @@ class Method(nn.Module):
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Loss terms of a step, scalars; "loss" is what is differentiated, the others are for the log."""
         self.begin(step)
-        output = self.student(normalise_batch(batch.source_image))
+        output = self.running("student")(normalise_batch(batch.source_image).to(self.dtype))
         loss = self.cross_entropy(output.logits, batch.source_label)
         return {"loss": loss, "loss/source": loss.detach()}
 

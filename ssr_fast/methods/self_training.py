@@ -131,6 +131,13 @@ class SelfTraining(Method):
         self.teacher = Teacher(student, config.momentum)
         self.reference = reference.eval().requires_grad_(False) if reference is not None else None
 
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """The teacher and the frozen reference too."""
+        super().compute_in(dtype)
+        self.teacher.compute_in(dtype)
+        if self.reference is not None:
+            self.reference.to(dtype)
+
     def train(self, mode: bool = True) -> "SelfTraining":
         """The frozen reference stays in eval mode."""
         super().train(mode)
@@ -150,9 +157,9 @@ class SelfTraining(Method):
         source = normalise_batch(batch.source_image)
         mixed = self.mix(batch, source, counter.fold(key, 2), adapting) if adapting or self.wants_target(step) else None
         if mixed is None:
-            output = self.student(source)
+            output = self.running("student")(source.to(self.dtype))
         else:
-            output = self.student(torch.cat([source, mixed.image]), domains=2)
+            output = self.running("student")(torch.cat([source, mixed.image]).to(self.dtype), domains=2)
         logits = output.logits.chunk(1 if mixed is None else 2)
         terms = {"loss/source": self.cross_entropy(logits[0], batch.source_label)}
         if mixed is not None and adapting:
@@ -211,11 +218,11 @@ class SelfTraining(Method):
         """
         assert self.reference is not None
         with torch.no_grad():
-            anchor = self.reference(source)[-1]  # [B, C, h, w]
+            anchor = self.reference(source.to(self.dtype))[-1].to(torch.float32)  # [B, C, h, w]
         feature = output.features[-1][: source.shape[0]]
         share = F.adaptive_avg_pool2d(
             (label[:, None] == self.things).to(torch.float32), (feature.shape[2], feature.shape[3])
         )
         mask = (share.amax(1) >= 0.75).to(torch.float32)  # [B, h, w]
-        distance = torch.linalg.vector_norm(feature - anchor, dim=1)
+        distance = torch.linalg.vector_norm(feature.to(torch.float32) - anchor, dim=1)
         return self.config.feature_distance * (distance * mask).sum() / mask.sum().clamp(min=1.0)

@@ -170,6 +170,15 @@ class SourceFree(Method):
         self.confidence = ClassConfidence(class_count, config.confidence_momentum)
         self.projection = seeded(Projection, seed, student.config.channels, config.projection)
 
+    def computed(self) -> dict[str, nn.Module]:
+        """The projection runs with the student."""
+        return {**super().computed(), "projection": self.projection}
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """The teacher too."""
+        super().compute_in(dtype)
+        self.teacher.compute_in(dtype)
+
     def trainable(self) -> dict[str, nn.Module]:
         """The projection trains with the backbone's learning rate; without contrast there is none."""
         return {**super().trainable(), **({"extra": self.projection} if self.config.contrast > 0 else {})}
@@ -189,7 +198,7 @@ class SourceFree(Method):
             image = strong_augment(
                 target, counter.fold(key, 3), config.jitter, config.jitter_probability, config.blur_probability
             )
-        output = self.student(image)
+        output = self.running("student")(image.to(self.dtype))
         terms = {"loss/target": self.cross_entropy(output.logits, pseudo.label, pseudo.weight)}
         if config.contrast > 0 and step >= config.contrast_start:
             terms["loss/contrast"] = config.contrast * self.contrast(output.fused, pseudo)
@@ -203,7 +212,7 @@ class SourceFree(Method):
         """The teacher's labels of target [B, 3, H, W], normalised and clean."""
         config, size = self.config, (target.shape[2], target.shape[3])
         logits = self.teacher(target)  # [B, K, h, w]
-        surest, klass = logits.softmax(1).max(1)  # [B, h, w]
+        surest, klass = logits.to(torch.float32).softmax(1).max(1)  # [B, h, w]
         self.confidence.update(klass, surest)
         thresholds = self.confidence.thresholds(config.threshold)
         label, confidence, _ = pseudo_label(rows(logits), size, config.threshold)
@@ -226,5 +235,5 @@ class SourceFree(Method):
         assert pseudo.samples is not None and pseudo.vote is not None
         group = groups(pseudo.samples)  # [B, S, A]
         klass = pseudo.vote.klass[:, :, None].expand_as(group)
-        embedding = self.projection(gather_rows(fused, pseudo.samples.pixel))  # [B S A, D]
+        embedding = self.running("projection")(gather_rows(fused, pseudo.samples.pixel))  # [B S A, D]
         return contrast_loss(embedding, group.flatten(), klass.flatten(), self.config.temperature)

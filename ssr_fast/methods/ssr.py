@@ -98,6 +98,15 @@ class Ssr(SelfTraining):
         else:
             self.regulariser = seeded(Injection, seed, points, dims, heads, encoder.channels())
 
+    def computed(self) -> dict[str, nn.Module]:
+        """The regulariser runs with the student."""
+        return {**super().computed(), "regulariser": self.regulariser}
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """The frozen encoder too."""
+        super().compute_in(dtype)
+        self.encoder.to(dtype)
+
     def trainable(self) -> dict[str, nn.Module]:
         """The regulariser trains with the backbone's learning rate."""
         return {**super().trainable(), "extra": self.regulariser}
@@ -128,7 +137,7 @@ class Ssr(SelfTraining):
         keep = {"source": slice(0, count), "mixed": slice(count, None), "both": slice(None)}[self.ssr.domains]
         target = self._target(batch, source, mixed, keep)  # [B, hs, ws, D]
         if isinstance(self.regulariser, CosineAlignment):
-            loss = self.regulariser(output, keep, target)
+            loss = self.running("regulariser")(output, keep, target)
         else:
             loss = self._injected(batch, mixed, output, keep, target, adapting)
         return {f"loss/{self.ssr.regulariser}": self.ssr.weight * loss}
@@ -138,16 +147,17 @@ class Ssr(SelfTraining):
         if batch.source_features is None:
             return self.encoder((source if mixed is None else torch.cat([source, mixed.image]))[keep])
         if mixed is None or self.ssr.domains == "source":
-            return self.encoder.finish(batch.source_features)
-        return self.encoder.finish(torch.cat([batch.source_features, self.encoder.encode(mixed.image)]))
+            return self.encoder.finish(batch.source_features.to(self.dtype))
+        kept = batch.source_features.to(self.dtype)
+        return self.encoder.finish(torch.cat([kept, self.encoder.encode(mixed.image)]))
 
     def _injected(
         self, batch: Batch, mixed: Mixed | None, output: SegmentorOutput, keep: slice, target: Tensor, adapting: bool
     ) -> Tensor:
         """Cross-entropy of the second decoding, on the same labels and weights as the first."""
-        features = self.regulariser([feature[keep] for feature in output.features], target)
+        features = self.running("regulariser")([feature[keep] for feature in output.features], target)
         both = mixed is not None and self.ssr.domains == "both"
-        _, logits = self.student.decode(features, domains=2 if both else 1)
+        _, logits = self.running("student").decode(features, domains=2 if both else 1)
         if mixed is None or self.ssr.domains == "source":
             return self.cross_entropy(logits, batch.source_label)
         mixed_label, mixed_weight = mixed.label, mixed.weight

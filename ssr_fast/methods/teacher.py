@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ssr_fast.models.noise import ChannelDropout, StochasticDepth
 from ssr_fast.models.segmentor import Segmentor
+from ssr_fast.models.working_copy import WorkingCopy
 
 
 class Teacher(nn.Module):
@@ -24,9 +25,15 @@ class Teacher(nn.Module):
         super().__init__()
         self.net = copy.deepcopy(student).requires_grad_(False)
         self.momentum, self.ramp = momentum, ramp
+        self.copy: WorkingCopy | None = None
+        self.dtype = torch.float32
         for module in self.net.modules():
             if isinstance(module, StochasticDepth | ChannelDropout):
                 module.disable()
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Run forward passes on a copy of lower precision; the average stays float32."""
+        self.copy, self.dtype = WorkingCopy(self.net, dtype), dtype
 
     def train(self, mode: bool = True) -> "Teacher":
         """The teacher is always in train mode: batch statistics are what it normalises by."""
@@ -40,9 +47,12 @@ class Teacher(nn.Module):
         mine: list[Tensor] = list(self.net.parameters())
         theirs: list[Tensor] = list(student.parameters())
         torch._foreach_lerp_(mine, theirs, 1.0 - alpha)
+        if self.copy is not None:
+            self.copy.refresh()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> stride-4 logits [B, K, h, w]."""
-        logits: Tensor = self.net(images).logits
+        net = self.net if self.copy is None else self.copy.net
+        logits: Tensor = net(images.to(self.dtype)).logits
         return logits

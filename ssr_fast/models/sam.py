@@ -136,6 +136,11 @@ class FrozenEncoder(nn.Module):
         """Where the encoder stands; the CPU if it has no parameters."""
         return next((p.device for p in self.encoder.parameters()), torch.device("cpu"))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its parameters; float32 if it has none."""
+        return next((p.dtype for p in self.encoder.parameters()), torch.float32)
+
     def train(self, mode: bool = True) -> "FrozenEncoder":
         """A frozen encoder never leaves eval mode."""
         return super().train(False)
@@ -151,7 +156,7 @@ class FrozenEncoder(nn.Module):
         images = images.contiguous()  # one layout, so that an image's features do not depend on where it comes from
         if self.size is not None and images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", align_corners=False)
-        features: Tensor = self.encoder(images)
+        features: Tensor = self.encoder(images.to(self.dtype))
         return features
 
     @torch.no_grad()
@@ -159,8 +164,8 @@ class FrozenEncoder(nn.Module):
         """The encoder's output [B, D, h, w] of a whole batch -> what is aligned to, dense [B, h, w, D]."""
         features = features.permute(0, 2, 3, 1)
         if self.standardise:
-            std, mean = torch.std_mean(features, dim=(0, 1, 2), keepdim=True, correction=0)
-            features = (features - mean) / (std + 1e-6)
+            std, mean = torch.std_mean(features.to(torch.float32), dim=(0, 1, 2), keepdim=True, correction=0)
+            features = ((features - mean) / (std + 1e-6)).to(features.dtype)
         return features.contiguous()  # the kernels take rows; the encoder's convolutions end in planes
 
     @torch.no_grad()

@@ -77,9 +77,12 @@ def test_groups_of_a_convolution_count():
 
 def test_our_step_at_full_size():
     """MiT-B5 at 2+2@512, distance, teacher, optimiser and average included."""
-    counts = recipes.count(recipes.ours, recipes.SIZES[0])
+    single, counts = (
+        recipes.count(recipes.DAFORMER[name], recipes.SIZES[0]) for name in (recipes.FLOAT32, recipes.LEAN)
+    )
     assert counts.operators <= 5600 and counts.host_syncs == 0 and counts.backwards == 1
     assert 3.7e12 < counts.flops < 4.0e12  # 3.8 by hand, see performance.md
+    assert counts.bytes_saved < 0.55 * single.bytes_saved and counts.bytes_moved < 0.6 * single.bytes_moved
 
 
 def test_every_lever_saves_operators_and_the_command_writes_them(tmp_path, monkeypatch):
@@ -91,7 +94,7 @@ def test_every_lever_saves_operators_and_the_command_writes_them(tmp_path, monke
     rows = json.loads(file.read_text())
     assert [row["name"] for row in rows] == list(recipes.DAFORMER)
     assert {"recipe", "operators", "host_syncs", "backwards", "flops", "bytes_moved", "bytes_saved"} < rows[0].keys()
-    operators = [row["operators"] for row in rows[1:]]
+    operators = [row["operators"] for row in rows[1:-1]]  # the last, in bfloat16, saves bytes
     assert operators == sorted(operators, reverse=True) and len(set(operators)) == len(operators)
     assert rows[0]["backwards"] == rows[1]["backwards"] == 3 and rows[0]["operators"] > rows[1]["operators"]
     assert picture.stat().st_size > 5000

@@ -1,0 +1,59 @@
+"""A network in a lower precision that follows a master in float32: what forward and backward run on.
+
+The optimiser, the average, checkpoints and the shipped model know the master alone. BatchNorm stays in float32: the
+copy has the master's own weights there, and shares every buffer with it.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class WorkingCopy(nn.Module):
+    """A copy of `master` whose parameters are of `dtype`; call it like the master.
+
+    Args:
+        master: in float32, on its device.
+        dtype: bfloat16 or another of lower precision.
+    """
+
+    def __init__(self, master: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(master)
+        self._masters: list[nn.Parameter] = []
+        self._working: list[nn.Parameter] = []
+        for theirs, ours in zip(master.modules(), self.net.modules(), strict=True):
+            for name, buffer in theirs._buffers.items():
+                ours._buffers[name] = buffer
+            for name, parameter in theirs._parameters.items():
+                if parameter is None or isinstance(theirs, _BatchNorm):
+                    ours._parameters[name] = parameter
+                    continue
+                lower = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                ours._parameters[name] = lower
+                self._masters.append(parameter)
+                self._working.append(lower)
+
+    def forward(self, *arguments: object, **named: object) -> object:
+        """What the master would return, in the copy's precision."""
+        return self.net(*arguments, **named)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the master's values; after whatever has changed them."""
+        torch._foreach_copy_([*self._working], [*self._masters])
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Give the master the gradients, in its precision, and keep none."""
+        grads: list[Tensor] = []
+        raised: list[Tensor] = []
+        for master, working in zip(self._masters, self._working, strict=True):
+            if working.grad is not None:
+                grads.append(working.grad)
+                raised.append(torch.empty_like(master))
+                master.grad, working.grad = raised[-1], None
+        if grads:
+            torch._foreach_copy_(raised, grads)
