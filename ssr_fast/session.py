@@ -193,6 +193,7 @@ class Session:
             seed=config.run.seed,
             device=self.device,
         )
+        method.student.backbone.recompute_blocks = config.run.recompute_blocks
         apply_precision(method, self.precision)
         store, log = self._records(stage)
         branch = None

@@ -36,6 +36,9 @@ class RunConfig:
     precision: str = "auto"
     """bf16 (copies of the weights and activations; weights, losses and statistics stay float32), tf32 (a GPU's), fp32,
     or auto: bf16 on a GPU that has it, else fp32."""
+    recompute_blocks: bool = False
+    """Keep of each block of the student its input alone, and compute the rest again in the backward pass: for crops
+    that would not fit into the GPU's memory. Counted at 1024 with MiT-B5: 57 % fewer bytes, 16 % more arithmetic."""
     stages: tuple[str, ...] | None = None
     """Methods to train one after another from the same start, to compare them; null: only method.name."""
     log_every: int = 50

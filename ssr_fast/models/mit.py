@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ssr_fast.errors import UserError
 from ssr_fast.models.noise import Noise, StochasticDepth
@@ -176,6 +177,9 @@ class MixTransformer(nn.Module):
             channels = dim
         rates = [drop_path * number / max(total - 1, 1) for number in range(total) for _ in ("attn", "mlp")]
         self.stochastic_depth = StochasticDepth(rates, noise)
+        self.recompute_blocks = False
+        """Keep a block's input alone for the backward pass, which runs the block again: less memory, more arithmetic.
+        The noise is a function of its key, so the second run equals the first."""
         self.apply(_initialise)
 
     def blocks(self) -> Iterator[Block]:
@@ -207,10 +211,18 @@ class MixTransformer(nn.Module):
         for stage in STAGES:
             tokens = getattr(self, f"patch_embed{stage}")(x)  # [B, h, w, C]
             for block in getattr(self, f"block{stage}"):
-                tokens = block(tokens, next(factors))
+                tokens = self._run(block, tokens, next(factors))
             x = getattr(self, f"norm{stage}")(tokens).permute(0, 3, 1, 2)  # [B, C, h, w]
             features.append(x)
         return features
+
+    def _run(self, block: Block, x: Tensor, factors: Tensor | None) -> Tensor:
+        """A block, its activations kept or computed again."""
+        if self.recompute_blocks and self.training and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, x, factors, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = block(x, factors)
+        return out
 
     def _factors(self, x: Tensor) -> Iterator[Tensor | None]:
         """Each block's factors of its two branches [2, B, 1, 1, 1], or None, in the blocks' order."""

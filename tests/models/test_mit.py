@@ -228,3 +228,29 @@ def test_compiles_without_a_graph_break() -> None:
     expected = copy.deepcopy(segmentor)(images, domains=2).logits
     compiled = torch.compile(segmentor, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images, domains=2).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_computed_again_give_the_same_gradients_and_keep_less(dtype: torch.dtype, seed: int) -> None:
+    results, kept = [], []
+    images = torch.randn(2, 3, 64, 64).to(dtype)
+    for again in (False, True):
+        segmentor = tiny(drop_path=0.5, dropout=0.2).to(dtype)
+        segmentor.noise.key.fill_(9)
+        segmentor.backbone.recompute_blocks = again
+        held: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features = segmentor.backbone(images)
+        kept.append(sum(held.values()))
+        sum(feature.float().square().sum() for feature in features).backward()
+        results.append([p.grad for p in segmentor.backbone.parameters()])
+    for one, other in zip(*results, strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+    assert kept[1] < 0.8 * kept[0]
+    segmentor.eval()
+    assert not segmentor.backbone(images)[0].grad_fn.name().startswith("Checkpoint")  # only training computes again
