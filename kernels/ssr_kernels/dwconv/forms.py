@@ -52,6 +52,10 @@ def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: int, wanted: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of x [B, H, W, C], weight [C, 1, 3, 3] and bias [C], those that are wanted."""
+    if dilation > 1 and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        # PyTorch 2.11 on a CPU: the weight's gradient of a dilated depthwise convolution holds uninitialised memory
+        found = _convolution_backward(grad.float(), x.float(), weight.float(), dilation, wanted)
+        return [gradient.to(x.dtype) for gradient in found]
     channels, both = x.shape[3], (dilation, dilation)
     found = torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [channels], (1, 1), both, both, False, (0, 0),
