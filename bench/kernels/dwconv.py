@@ -59,13 +59,12 @@ def make(
     return Inputs({name: leaf.requires_grad_() for name, leaf in leaves.items()}, grads)
 
 
-def _as_pair(call: Callable[[], Sequence[Tensor]], inputs: Inputs, leaves: Sequence[Tensor] | None = None) -> Pair:
+def _as_pair(call: Callable[[], Sequence[Tensor]], inputs: Inputs) -> Pair:
     """A call with its gradients, which the results' given gradients start."""
-    wanted = list(leaves or inputs.leaves.values())
 
     def both() -> Outputs:
         outs = call()
-        gradients = torch.autograd.grad(outs, wanted, list(inputs.constants.values()))
+        gradients = torch.autograd.grad(outs, list(inputs.leaves.values()), list(inputs.constants.values()))
         results = {f"out{number}": out.detach() for number, out in enumerate(outs)}
         return {**results, **dict(zip(inputs.leaves, gradients, strict=True))}
 

@@ -24,6 +24,7 @@ from bench.harness import (
     Outputs,
     Pair,
     Provider,
+    Row,
     Setting,
     Task,
     Work,
@@ -33,6 +34,8 @@ from bench.kernels.align import against_compile
 from ssr_kernels.segloss import SEGLOSS, forms, reference, segloss
 
 IGNORE, STRIDE = 255, 4
+MEMORY_GOAL = 0.05
+"""Of eager's peak, ours at most."""
 GPU_SIZES = ((2, 512, 512, 19), (8, 512, 512, 19), (2, 1024, 1024, 19), (8, 1024, 1024, 19), (2, 512, 512, 150))
 CPU_SIZES = ((4, 96, 192, 8), (2, 256, 256, 19))
 """(images, height, width, classes) of the labels; the first on a CPU is the demo's."""
@@ -131,6 +134,15 @@ def _against_ours(backend: str, task: Task) -> list[str]:
     return SEGLOSS.reasons(backend, _arguments(task)[:3])
 
 
+def goals(case: Case, rows: dict[str, Row]) -> list[str]:
+    """What this project promises on a GPU."""
+    ours, eager = rows["triton"].peak_bytes, rows[EAGER].peak_bytes
+    if ours is None or not eager:
+        return []
+    verdict = "reached" if ours < MEMORY_GOAL * eager else "MISSED"
+    return [f"triton: {100 * ours / eager:.1f} % of eager's peak memory; goal {100 * MEMORY_GOAL:g} % {verdict}"]
+
+
 BENCH = Bench(
     "kernels.segloss",
     "upsampled, weighted cross-entropy of stride-4 logits",
@@ -143,4 +155,5 @@ BENCH = Bench(
         Provider("reference", partial(_ours, "reference"), partial(_against_ours, "reference")),
     ),
     odd_cases,
+    goals,
 )

@@ -43,7 +43,8 @@ class Counts:
         operators: dispatched operators that do work, kernels of our own operators one by one.
         host_syncs: see SYNCS; indices by a mask, and tensors of constants that are copied to the device.
         backwards: calls of the autograd engine.
-        flops: of products and convolutions, two for a multiplication with its addition.
+        flops: of products and convolutions, two for a multiplication with its addition; those inside align and contrast
+            are left out.
         bytes_moved: every operand and every result of every operator once.
         bytes_saved: the most that is held for a backward pass at its beginning, parameters left out.
         names: how often each operator was dispatched.
@@ -79,7 +80,7 @@ class Ledger(TorchDispatchMode):
         result = _answer(name, args) if waits else func(*args, **kwargs)
         if name.startswith(FREE) or getattr(func, "is_view", False) or constant:
             return result
-        short = name.split("::")[-1].split(".")[-2] if "." in name else name
+        short = func.overloadpacket.__name__
         self.counts.names[short] += 1
         self.counts.operators += OUR_LAUNCHES.get(short, 1)
         for tensor in tree_leaves((args, kwargs, result)):
@@ -140,7 +141,7 @@ def _flops(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
         return 2 * products * math.prod(q.shape[:3]) * k.shape[2] * q.shape[3]
     if name in ("convolution", "convolution_backward"):
         return _convolution(name, args, result)
-    counted: Callable[..., int] | None = flop_registry.get(getattr(func, "_overloadpacket", None))
+    counted: Callable[..., int] | None = flop_registry.get(func.overloadpacket)
     return 0 if counted is None else int(counted(*args, **kwargs, out_val=result))
 
 

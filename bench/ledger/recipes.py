@@ -62,13 +62,14 @@ def released_loop(size: Size, autocast: bool, levers: Sequence[str] = ()) -> Cou
         released.autocast() if autocast else contextlib.nullcontext(),
         Ledger(*step.nets()) as ledger,
     ):
-        step(ledger, batch, 1000)
+        step(ledger, batch)
     return ledger.counts
 
 
-def ours(size: Size, sam: str = "", precision: str = "bf16") -> Counts:
+def ours(size: Size, sam: str = "", precision: str = "bf16", recompute_blocks: bool = False) -> Counts:
     """One step of ours, optimiser and average included; with a frozen SAM of that name (vit_b, vit_h)."""
     batch, student = fake_batch(size), build()
+    student.backbone.recompute_blocks = recompute_blocks
     common = (torch.ones(256), 0, SelfTrainingConfig(), CITYSCAPES.count)
     reference: nn.Module = build().backbone
     with patch.object(copy, "deepcopy", _copied):
@@ -106,7 +107,7 @@ def _copied(net: nn.Module, deepcopy: Callable[..., nn.Module] = copy.deepcopy) 
 
 Recipe = Callable[[Size], Counts]
 
-FLOAT32, LEAN = "one pass, no sync, one backward", "lean"
+FLOAT32, LEAN, RECOMPUTED = "one pass, no sync, one backward", "lean", "lean, blocks computed again"
 DAFORMER: dict[str, Recipe] = {
     "daformer-autocast": partial(released_loop, autocast=True),
     "daformer-tf32": partial(released_loop, autocast=False),
@@ -116,8 +117,10 @@ DAFORMER: dict[str, Recipe] = {
     },
     FLOAT32: partial(ours, precision="fp32"),
     LEAN: ours,
+    RECOMPUTED: partial(ours, recompute_blocks=True),
 }
-"""The levers one after another, each with those before it, from the loop in float32; our step; and it in bfloat16."""
+"""The levers one after another, each with those before it, from the loop in float32; our step; it in bfloat16; and with
+less memory for more operators."""
 
 RECIPES: dict[str, dict[str, Recipe]] = {
     "daformer": DAFORMER,

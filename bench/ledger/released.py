@@ -132,7 +132,7 @@ class ReleasedStep:
         """All of them."""
         return self.student, self.teacher, self.frozen
 
-    def __call__(self, ledger: Ledger, batch: Batch, step: int) -> None:
+    def __call__(self, ledger: Ledger, batch: Batch) -> None:
         """One step."""
         self._follow(0.999)
         for parameter in self.student.parameters():
@@ -198,12 +198,11 @@ class ReleasedStep:
         images, labels, weights = [], [], []
         for number in range(len(target)):
             classes = torch.unique(batch.source_label[number])
-            classes.shape[0]
             chosen = classes[torch.randperm(len(classes))[: (len(classes) + 1) // 2]]
             mask = (batch.source_label[number][None] == chosen[:, None, None]).sum(0)
-            paste = [mask * a + (1 - mask) * b for a, b in ((source[number], target[number]),)][0]
+            image = mask * source[number] + (1 - mask) * target[number]
             key = counter.fold(torch.zeros((), dtype=torch.int64), number)
-            images.append(strong_augment(paste[None], key, 0.2, 0.8, 0.5))
+            images.append(strong_augment(image[None], key, 0.2, 0.8, 0.5))
             labels.append((mask * batch.source_label[number] + (1 - mask) * pseudo[number])[None])
             weights.append((mask * torch.ones_like(weight[number]) + (1 - mask) * weight[number])[None])
         return torch.cat(images), torch.cat(labels), torch.cat(weights)

@@ -52,6 +52,14 @@ def same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device} (it is on {tensor.device})")
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype to which torch.autocast casts operands on the device of `tensor`; None where it is off."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # the question raises for a meta tensor
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of an op's reductions: float64 for float64 operands (tests), else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -112,16 +112,17 @@ class Method(nn.Module):
 
     def hand_over(self) -> None:
         """Gradients of the working copies to the nets that they follow; before the optimiser's step."""
-        for working in self._working_copies():
+        for working in self._trained_copies():
             working.hand_over()
 
     def refresh(self) -> None:
-        """The nets' values to their working copies; after the optimiser's step, and after a checkpoint was loaded."""
-        for working in self._working_copies():
+        """The nets' values to their working copies; after the optimiser's step, and after a checkpoint was loaded. A
+        teacher's copy is not among them: every step's average, which comes before it is used, brings it up to date."""
+        for working in self._trained_copies():
             working.refresh()
 
-    def _working_copies(self) -> Iterator[WorkingCopy]:
-        return (module for module in self.modules() if isinstance(module, WorkingCopy))
+    def _trained_copies(self) -> Iterator[WorkingCopy]:
+        return (module for module in self.copies.values() if isinstance(module, WorkingCopy))
 
     def trainable(self) -> dict[str, nn.Module]:
         """Modules by optimiser group: backbone, head and, where a method has them, extra."""

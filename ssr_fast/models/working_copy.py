@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class WorkingCopy(nn.Module):
-    """A copy of `master` whose parameters are of `dtype`; call it like the master.
+    """`net`, a copy of `master` whose parameters are of `dtype`.
 
     Args:
         master: in float32, on its device.
@@ -35,10 +35,6 @@ class WorkingCopy(nn.Module):
                 ours._parameters[name] = lower
                 self._masters.append(parameter)
                 self._working.append(lower)
-
-    def forward(self, *arguments: object, **named: object) -> object:
-        """What the master would return, in the copy's precision."""
-        return self.net(*arguments, **named)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.aot.align_launches import record
-from tests.aot.triton_compile import MATRIX, SHARED_LIMIT, Launch, compile_all
+from tests.aot.triton_compile import MATRIX, problems
 
 REGISTERS = {
     "direct_rows": (255, 240, 220),
@@ -21,29 +21,8 @@ REGISTERS = {
 }
 """The most registers a thread of each kernel on sm_80, sm_90 and sm_100, bfloat16; nothing may spill in any dtype."""
 
-WITHOUT_MATRIX = {"gram_adjoint", "loss_sums"}
-"""Kernels without a matrix product."""
-
-
-def within_budget(launches: list[Launch], capabilities: tuple[int, ...], registers: bool = True) -> None:
-    problems = []
-    for row in compile_all(launches, capabilities):
-        name, capability = row["kernel"], row["capability"]
-        what = f"{name} on sm_{capability}"
-        if "error" in row:
-            problems.append(f"{what}: {row['error']}")
-            continue
-        print(row)
-        allowed = REGISTERS[name][tuple(MATRIX).index(capability)]
-        if registers and row["registers"] > allowed:
-            problems.append(f"{what} takes {row['registers']} registers, more than {allowed}")
-        if row["stack"] or row["spills"]:
-            problems.append(f"{what} spills: {row['stack']} bytes of stack, {row['spills']} instructions")
-        if row["shared"] > SHARED_LIMIT[capability]:
-            problems.append(f"{what} takes {row['shared']} bytes of shared memory")
-        if (row["matrix"] > 0) == (name in WITHOUT_MATRIX):
-            problems.append(f"{what} has {row['matrix']} matrix instructions")
-    assert not problems, "\n".join(problems)
+PRODUCTS = set(REGISTERS) - {"gram_adjoint", "loss_sums"}
+"""Kernels with a matrix product."""
 
 
 def test_every_kernel_of_a_call_has_a_budget():
@@ -54,7 +33,7 @@ def test_the_hottest_kernels_on_hopper():
     """The others, and the other architectures, are among the slow tests."""
     launches = [launch for launch in record(torch.bfloat16) if launch.kernel in ("direct_dx", "gram_rows")]
     assert len(launches) == 2
-    within_budget(launches, (90,))
+    assert not problems(launches, (90,), REGISTERS, PRODUCTS)
 
 
 @pytest.mark.slow
@@ -63,4 +42,5 @@ def test_the_hottest_kernels_on_hopper():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_kernel_on_every_architecture(kernel, dtype):
     launches = [launch for launch in record(dtype) if launch.kernel == kernel]
-    within_budget(launches, tuple(MATRIX), registers=dtype == torch.bfloat16)
+    registers = REGISTERS if dtype == torch.bfloat16 else None
+    assert not problems(launches, tuple(MATRIX), registers, PRODUCTS)

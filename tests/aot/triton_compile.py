@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,38 @@ def compile_all(launches: Sequence[Launch], capabilities: Sequence[int], timeout
         raise RuntimeError(done.stderr.decode())
     rows: list[dict[str, Any]] = json.loads(done.stdout)
     return rows
+
+
+def problems(
+    launches: Sequence[Launch],
+    capabilities: Sequence[int],
+    registers: Mapping[str, Sequence[int]] | None,
+    products: Collection[str] = (),
+) -> list[str]:
+    """What is wrong with the machine code of these launches: it does not compile, spills, or asks for too much.
+
+    Args:
+        registers: the most a thread of each kernel may have on each of MATRIX's architectures; None: no budget.
+        products: kernels with a matrix product; they, and no others, must have matrix instructions.
+    """
+    found = []
+    for row in compile_all(launches, capabilities):
+        name, capability = row["kernel"], row["capability"]
+        what = f"{name} on sm_{capability}"
+        if "error" in row:
+            found.append(f"{what}: {row['error']}")
+            continue
+        print(row)
+        allowed = None if registers is None else registers[name][tuple(MATRIX).index(capability)]
+        if allowed is not None and row["registers"] > allowed:
+            found.append(f"{what} takes {row['registers']} registers, more than {allowed}")
+        if row["stack"] or row["spills"]:
+            found.append(f"{what} spills: {row['stack']} bytes of stack, {row['spills']} instructions")
+        if row["shared"] > SHARED_LIMIT[capability]:
+            found.append(f"{what} takes {row['shared']} bytes of shared memory")
+        if (row["matrix"] > 0) != (name in products):
+            found.append(f"{what} has {row['matrix']} matrix instructions")
+    return found
 
 
 def measure(launch: Launch, capability: int) -> dict[str, Any]:

@@ -1,9 +1,5 @@
 """contrast_loss's Triton kernels in Triton's interpreter, float32, poisoned buffers, against float64; its layouts."""
 
-import json
-import os
-import subprocess
-import sys
 from math import ceil
 
 import pytest
@@ -11,6 +7,7 @@ import torch
 
 from ssr_kernels.contrast.triton import PARTIAL_ROWS, PROGRAMS, Layout, configs
 from tests.kernels.contrast_interpreter import CASES
+from tests.kernels.interpreter import interpret
 
 BOUND = 1e-5
 NAMES = list(CASES)
@@ -22,16 +19,7 @@ SHARES = 2
 @pytest.mark.parametrize("share", range(SHARES))
 def test_kernels_equal_the_definition(share, seed):
     names = NAMES[share::SHARES]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.contrast_interpreter", str(seed), *names],
-        env={**os.environ, "TRITON_INTERPRET": "1", "SSR_FAST_KERNELS": ""},
-        capture_output=True,
-        text=True,
-        timeout=850,
-    )
-    assert done.returncode == 0, done.stderr
-    found = {case["name"]: case for case in map(json.loads, done.stdout.splitlines())}
-    assert list(found) == names
+    found = interpret("tests.kernels.contrast_interpreter", seed, names)
     for name, case in found.items():
         for what, error in case["errors"].items():
             assert error < BOUND, f"{name}: {what} is off by {error}"

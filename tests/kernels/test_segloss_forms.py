@@ -155,6 +155,9 @@ def test_no_map_of_all_classes_and_pixels_is_ever_made(seed):
         print(memory.largest, memory.peak, whole)
         assert 4 * classes * chunk <= memory.largest < 0.07 * whole  # the low-resolution logits are 1/16
         assert memory.peak < 0.4 * whole
+    demo = make("mixed", (4, 24, 48, 8), (96, 192))
+    for memory in held(demo, forms.CHUNK):
+        assert memory.largest <= 0.51 * 4 * demo.labels.numel() * 8  # a small batch is taken in halves
     with Bytes() as eager:
         reference.segloss(*call.arguments())
     assert eager.largest >= whole

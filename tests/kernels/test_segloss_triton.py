@@ -1,15 +1,12 @@
 """The Triton kernels of segloss in Triton's interpreter, float32, poisoned buffers, against float64; their reach."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+import triton
 
 from ssr_kernels.segloss import forms
-from ssr_kernels.segloss.triton import SMALLEST, configs, next_power_of_2, reach
+from ssr_kernels.segloss.triton import SMALLEST, configs, reach
+from tests.kernels.interpreter import interpret
 from tests.kernels.segloss_interpreter import CASES
 
 BOUND = 1e-5
@@ -22,16 +19,7 @@ SHARES = 4
 @pytest.mark.parametrize("part", [0, 1, *(pytest.param(part, marks=pytest.mark.slow) for part in range(2, SHARES))])
 def test_kernels_equal_the_definition(part, seed):
     names = NAMES[part::SHARES]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.segloss_interpreter", str(seed), *names],
-        env={**os.environ, "TRITON_INTERPRET": "1", "SSR_FAST_KERNELS": ""},
-        capture_output=True,
-        text=True,
-        timeout=850,
-    )
-    assert done.returncode == 0, done.stderr
-    found = {case["name"]: case for case in map(json.loads, done.stdout.splitlines())}
-    assert list(found) == names
+    found = interpret("tests.kernels.segloss_interpreter", seed, names)
     for name, case in found.items():
         for what, error in case["errors"].items():
             assert error < BOUND, f"{name}: {what} is off by {error}"
@@ -55,7 +43,7 @@ def test_the_reach_covers_all_pixels_to_which_one_contributes():
 
 def test_every_number_of_classes_has_a_configuration():
     for classes in range(1, 257):
-        padded = max(SMALLEST, next_power_of_2(classes))
+        padded = max(SMALLEST, triton.next_power_of_2(classes))
         found = configs(padded)
         assert padded >= classes and padded % found["classes"]["KL"] == 0
         assert set(found) == set(configs(32))

@@ -17,7 +17,7 @@ METHODS = {
 
 
 def step(name):
-    """A fresh method's step: its gradients, and which backend each operator took."""
+    """The gradients of a fresh method's step."""
     method, batch = METHODS[name]().to("cuda"), make_batch(size=(128, 128)).to(torch.device("cuda"))
     apply_precision(method, "bf16")
     terms = method.losses(batch, 3)

@@ -33,10 +33,10 @@ def test_the_masters_noise_and_statistics_are_the_copys(seed):
     before = {name: buffer.clone() for name, buffer in master.named_buffers() if "running" in name}
     images = torch.randn(2, 3, 64, 64).bfloat16()
     master.noise.key.copy_(counter.fold(master.noise.key, 5))
-    first = working(images).logits
-    assert first.dtype == torch.bfloat16 and torch.equal(first, working(images).logits)
+    first = working.net(images).logits
+    assert first.dtype == torch.bfloat16 and torch.equal(first, working.net(images).logits)
     master.noise.key.copy_(counter.fold(master.noise.key, 6))
-    assert not torch.equal(first, working(images).logits)
+    assert not torch.equal(first, working.net(images).logits)
     assert all(not torch.equal(dict(master.named_buffers())[name], value) for name, value in before.items())
 
 
@@ -48,7 +48,7 @@ def test_refresh_follows_and_hand_over_raises_every_gradient(seed):
     working.refresh()
     pairs = list(zip(master.parameters(), working.net.parameters(), strict=True))
     assert all(torch.equal(ours.float(), theirs.bfloat16().float()) for theirs, ours in pairs if theirs is not ours)
-    working(torch.randn(2, 3, 64, 64).bfloat16()).logits.float().square().mean().backward()
+    working.net(torch.randn(2, 3, 64, 64).bfloat16()).logits.float().square().mean().backward()
     expected = [ours.grad.float() for _, ours in pairs]
     working.hand_over()
     for (theirs, ours), grad in zip(pairs, expected, strict=True):

@@ -1,14 +1,12 @@
 """The backends of align: what loads each, and why it cannot run a call."""
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from .. import library
+from ..machine import interpreted, machine_reasons
 from ..registry import Backend, no_reasons
 from . import forms, native
 from .registration import IMPLEMENTATIONS, Align, Implementation
@@ -63,9 +61,9 @@ def triton_reasons(tensors: Sequence[Tensor]) -> list[str]:
     """Why Triton cannot run this call: see Backend.not_supported_reasons."""
     found = machine_reasons("triton")
     features = _features(tensors)
-    if not found and not _interpreted() and any(tensor.device.type != "cuda" for tensor in tensors):
+    if not found and not interpreted() and any(tensor.device.type != "cuda" for tensor in tensors):
         found.append("triton runs on tensors of a CUDA device")
-    if _interpreted() and any(x.dtype in HALF for x in features):
+    if interpreted() and any(x.dtype in HALF for x in features):
         found.append("Triton's interpreter is wrong in bfloat16 and float16")
     if any(x.dtype == torch.float64 for x in features):
         found.append("triton has no float64")
@@ -88,22 +86,6 @@ def cuda_reasons(tensors: Sequence[Tensor]) -> list[str]:
     return found
 
 
-@torch.compiler.assume_constant_result
-def machine_reasons(name: str) -> list[str]:
-    """Why a backend cannot run on this machine, whatever the call; a constant to torch.compile."""
-    if name == "cpp":
-        return list(library.reasons("ssr_cpu"))
-    if name == "cuda":
-        return list(library.reasons("ssr_cuda"))
-    if not _has_triton():
-        return ["the package triton is not installed"]
-    if _interpreted():
-        return []
-    if not torch.cuda.is_available():
-        return ["there is no CUDA device"]
-    return [] if torch.cuda.get_device_capability() >= (8, 0) else ["the GPU has less than compute capability 8.0"]
-
-
 def _common_reasons(name: str, features: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[str]:
     found = []
     if len({x.dtype for x in features}) > 1:
@@ -111,15 +93,6 @@ def _common_reasons(name: str, features: Sequence[Tensor], tensors: Sequence[Ten
     if any(not tensor.is_contiguous() for tensor in tensors):
         found.append(f"{name} takes dense channels-last rows: every tensor must be contiguous")
     return found
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None  # searches the disk where triton is not imported yet
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _features(tensors: Sequence[Tensor]) -> list[Tensor]:

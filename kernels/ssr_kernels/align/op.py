@@ -5,7 +5,6 @@ B batch, h w feature pixels of a stage, C its channels, hs ws D grid and channel
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import checks
@@ -102,10 +101,9 @@ def _autocast(
     target: Tensor, features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None]]:
     """Under torch.autocast: the operands in its dtype. Every reduction stays in float32."""
-    kind = target.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # the question raises for a meta tensor
+    dtype = checks.autocast_dtype(target)
+    if dtype is None:
         return features, weights, biases
-    dtype = torch.get_autocast_dtype(kind)
     cast = [None if bias is None else bias.to(dtype) for bias in biases]
     return [x.to(dtype) for x in features], [weight.to(dtype) for weight in weights], cast
 

@@ -59,7 +59,5 @@ def contrast_loss(
 
 def _autocast(embedding: Tensor) -> Tensor:
     """Under torch.autocast: the embedding in its dtype. Every reduction stays in float32."""
-    kind = embedding.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # the question raises for a meta tensor
-        return embedding
-    return embedding.to(torch.get_autocast_dtype(kind))
+    dtype = checks.autocast_dtype(embedding)
+    return embedding if dtype is None else embedding.to(dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from . import triton_kernels
@@ -66,7 +67,7 @@ class Call:
         self.n, self.width = embedding.shape
         self.ids = {"group": group, "klass": klass}
         self.config = configs(embedding.dtype)
-        self.sizes = {"n": self.n, "D": self.width, "DP": max(16, next_power_of_2(self.width))}
+        self.sizes = {"n": self.n, "D": self.width, "DP": max(16, triton.next_power_of_2(self.width))}
         self.precision = "tf32x3" if embedding.dtype == torch.float32 else "tf32"
 
     def layout(self, kernel: str) -> Layout:
@@ -128,8 +129,3 @@ def backward(
 def float32(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised float32 buffer on the device of `like`."""
     return like.new_empty(shape, dtype=torch.float32)
-
-
-def next_power_of_2(value: int) -> int:
-    """The least power of two that is at least `value`."""
-    return 1 << max(0, value - 1).bit_length()

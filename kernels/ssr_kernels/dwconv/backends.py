@@ -1,13 +1,12 @@
 """The backends of the depthwise convolutions: what loads each, and why it cannot run a call."""
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from ..align.backends import machine_reasons
+from ..machine import interpreted, machine_reasons
 from ..registry import Backend, no_reasons
 from . import forms
 from .registration import IMPLEMENTATIONS, DepthwiseGelu, Dilated, Implementation
@@ -36,10 +35,10 @@ def triton_reasons(tensors: Sequence[Tensor]) -> list[str]:
     found = list(machine_reasons("triton"))
     if not tensors:
         return found
-    x, interpreted = tensors[0], os.environ.get("TRITON_INTERPRET") == "1"
-    if not found and not interpreted and any(tensor.device.type != "cuda" for tensor in tensors):
+    x = tensors[0]
+    if not found and not interpreted() and any(tensor.device.type != "cuda" for tensor in tensors):
         found.append("triton runs on tensors of a CUDA device")
-    if interpreted and x.dtype in (torch.bfloat16, torch.float16):
+    if interpreted() and x.dtype in (torch.bfloat16, torch.float16):
         found.append("Triton's interpreter is wrong in bfloat16 and float16")
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         found.append("triton has no float64")

@@ -5,7 +5,6 @@ B batch, H W pixels, C channels.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import checks
@@ -79,10 +78,8 @@ def dwconv_dilated(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype, where it is on."""
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # the question raises for a meta tensor
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+    dtype = checks.autocast_dtype(tensors[0])
+    return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _check_map(x: Tensor) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from . import triton_kernels
@@ -33,7 +34,7 @@ class Call:
     def __init__(self, logits: Tensor, height: int, width: int) -> None:
         self.logits, self.batch = logits, logits.shape[0]
         _, h, w, classes = logits.shape
-        padded = max(SMALLEST, next_power_of_2(classes))
+        padded = max(SMALLEST, triton.next_power_of_2(classes))
         self.config = configs(padded)
         self.sizes = {"h": h, "w": w, "height": height, "width": width}
         self.steps = {"sy": h / height, "sx": w / width}
@@ -116,8 +117,3 @@ def reach(fine: int, coarse: int) -> int:
     Its ends are no whole numbers where fine / coarse is an even number.
     """
     return 2 * fine // coarse + (fine % (2 * coarse) != 0)
-
-
-def next_power_of_2(value: int) -> int:
-    """The least power of two that is at least `value`."""
-    return 1 << max(0, value - 1).bit_length()
