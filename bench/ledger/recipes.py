@@ -8,16 +8,16 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.ledger import released
 from bench.ledger.counting import Counts, Ledger
 from ssr_fast.data.labels import CITYSCAPES
 from ssr_fast.data.torch_loader import Batch
-from ssr_fast.engine.guard import StepGuard
-from ssr_fast.engine.optim import OptimConfig, build_optimizer
+from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.precision import apply_precision
+from ssr_fast.engine.step import TrainStep
 from ssr_fast.methods.self_training import SelfTraining, SelfTrainingConfig
 from ssr_fast.methods.ssr import Ssr, SsrConfig
 from ssr_fast.models.sam import SHAPES, FrozenEncoder, build_vit
@@ -83,20 +83,19 @@ def ours(size: Size, sam: str = "", precision: str = "bf16", recompute_blocks: b
         else:
             method = SelfTraining(student, *common, CITYSCAPES.things, reference)
         apply_precision(method.train(), precision)
-    optimizer = build_optimizer(method.trainable(), OptimConfig())
-    norms = [module for module in method.modules() if isinstance(module, nn.BatchNorm2d)]
-    buffers = {id(buffer): buffer for norm in norms for buffer in norm.buffers()}  # working copies share them
-    guard = StepGuard(optimizer, list(buffers.values()))
-    with Ledger(*method.children()) as ledger:
-        guard.before_forward()
-        with ledger.saving():
-            terms = method.losses(batch, 1000)
-        ledger.backward(terms["loss"])
-        method.hand_over()
-        guard.step()
-        method.refresh()
-        optimizer.zero_grad(set_to_none=True)
-    return ledger.counts
+    step = _CountedStep(method, OptimConfig(), 40000)
+    with Ledger(*method.children()) as step.ledger, step.ledger.saving():
+        step(batch, 1000)
+    return step.ledger.counts
+
+
+class _CountedStep(TrainStep):
+    """Lets a ledger see the backward pass."""
+
+    ledger: Ledger
+
+    def backward(self, loss: Tensor) -> None:
+        self.ledger.backward(loss)
 
 
 def _copied(net: nn.Module, deepcopy: Callable[..., nn.Module] = copy.deepcopy) -> nn.Module:

@@ -8,15 +8,17 @@ computes it on any device without unsigned types.
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
+_Bits = TypeVar("_Bits", int, Tensor)
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: _Bits) -> _Bits:
     """Bijective 32-bit hash of int64 values in [0, 2^32)."""
     x = x ^ (x >> 16)
     x = _multiply(x, 0x7FEB352D)
@@ -25,22 +27,26 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _multiply(x: Tensor, factor: int) -> Tensor:
+def _multiply(x: _Bits, factor: int) -> _Bits:
     """x * factor modulo 2^32 for x in [0, 2^32): the product is split so that int64 never overflows."""
     low = (x & 0xFFFF) * factor
     high = ((x >> 16) * (factor & _MASK)) & 0xFFFF
     return (low + (high << 16)) & _MASK
 
 
-def fold(key: Tensor, value: int | Tensor) -> Tensor:
+@overload
+def fold(key: int, value: int) -> int: ...
+@overload
+def fold(key: Tensor, value: int | Tensor) -> Tensor: ...
+def fold(key: Any, value: Any) -> Any:
     """Derive a key from a key and a number (a seed, a step, a rank, a stream).
 
     Args:
-        key: int64 scalar tensor.
-        value: non-negative number below 2^31, or an int64 tensor of such on the key's device.
+        key: int64 scalar tensor, or a number, for which the host computes.
+        value: non-negative number below 2^31, or, for a tensor, an int64 tensor of such on the key's device.
 
     Returns:
-        int64 tensor in [0, 2^32) on the key's device, scalar where value is.
+        in [0, 2^32): a number for two numbers, else an int64 tensor on the key's device, scalar where value is.
     """
     return _mix((_mix(key & _MASK) + _GOLDEN + value) & _MASK)
 

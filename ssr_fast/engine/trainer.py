@@ -11,12 +11,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ssr_fast.data.torch_loader import Batch
+from ssr_fast.engine import graphs
 from ssr_fast.engine.checkpoint import CheckpointStore
-from ssr_fast.engine.guard import StepGuard, StopSignal
+from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.metrics import MetricLog
-from ssr_fast.engine.optim import OptimConfig, build_optimizer, learning_rate, optimizer_state, set_learning_rate
+from ssr_fast.engine.optim import OptimConfig, optimizer_state
 from ssr_fast.engine.precision import PRECISIONS
 from ssr_fast.engine.progress import Progress
+from ssr_fast.engine.step import TrainStep
 from ssr_fast.errors import UserError
 from ssr_fast.methods.method import Method
 
@@ -36,6 +38,9 @@ class RunConfig:
     precision: str = "auto"
     """bf16 (copies of the weights and activations; weights, losses and statistics stay float32), tf32 (a GPU's), fp32,
     or auto: bf16 on a GPU that has it, else fp32."""
+    graph: str = "auto"
+    """auto (on a GPU a step is captured in a CUDA graph; where that fails a line says why) or off (every kernel is
+    launched by itself: for debugging and profiles)."""
     recompute_blocks: bool = False
     """Keep of each block of the student its input alone, and compute the rest again in the backward pass: for crops
     that would not fit into the GPU's memory. Counted at 1024 with MiT-B5: 57 % fewer bytes, 16 % more arithmetic."""
@@ -63,6 +68,8 @@ class RunConfig:
                 found.append(f"--{where}.{name} must not be negative (it is {getattr(self, name)})")
         if self.precision not in PRECISIONS:
             found.append(f"--{where}.precision must be one of {', '.join(PRECISIONS)} (it is {self.precision})")
+        if self.graph not in graphs.MODES:
+            found.append(f"--{where}.graph must be {' or '.join(graphs.MODES)} (it is {self.graph})")
         kind = self.device.partition(":")[0]
         if kind not in ("auto", "cpu", "cuda"):
             found.append(f"--{where}.device must be auto, cpu, cuda or cuda:N (it is {self.device})")
@@ -137,8 +144,11 @@ class Trainer:
         self.method, self.load, self.evaluate = method, load, evaluate
         self.run, self.optim, self.store, self.log, self.stop, self.config = run, optim, store, log, stop, config
         self.device, self.report, self.console, self.branch = device, report, console, branch
-        self.optimizer = build_optimizer(method.trainable(), optim)
-        self.guard = StepGuard(self.optimizer, list(_statistics(method)), optim.clip_norm)
+        self.step = TrainStep(method, optim, run.steps)
+        self.optimizer, self.guard = self.step.optimizer, self.step.guard
+        self._run_step: Callable[[Batch, int], dict[str, Tensor]] = self.step
+        if device.type == "cuda" and run.graph == "auto":
+            self._run_step = graphs.on_cuda(self.step, device, report)
         self.done = 0
         self.scores: Evaluation | None = None
         self.seconds = 0.0
@@ -171,7 +181,7 @@ class Trainer:
                 terms = self.train_step(self.method.prepare(batch).to(self.device), step)
                 self.done = step + 1
                 images = batch.source_image.shape[0] + batch.target_image.shape[0]
-                row = self.log.add(self.done, {**terms, "lr": self.rate, "images": images})
+                row = self.log.add(self.done, {**terms, "lr": self.step.rate, "images": images})
                 progress.update(self.done, row)
                 if row is not None and row["skipped"] >= self.done and self.done >= 2:
                     raise UserError(_never_finite(self.done, self.optim.lr))
@@ -191,17 +201,7 @@ class Trainer:
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimiser step on a batch on the device; returns the terms for the log, still on the device."""
-        self.rate = learning_rate(step, self.optim, self.run.steps)
-        set_learning_rate(self.optimizer, self.rate)
-        self.guard.before_forward()
-        terms = self.method.losses(batch, step)
-        terms["loss"].backward()
-        self.method.hand_over()
-        self.guard.step()
-        self.method.refresh()
-        self.optimizer.zero_grad(set_to_none=True)
-        terms["loss"] = terms["loss"].detach()
-        return {**terms, "grad_norm": self.guard.grad_norm, "skipped": self.guard.skipped}
+        return self._run_step(batch, step)
 
     def save(self) -> None:
         """Write a checkpoint of the finished steps."""
@@ -230,15 +230,6 @@ class Trainer:
             "log": self.log.state_dict(),
             "progress": {"step": self.done, "seconds": self.seconds, "skipped": int(self.guard.skipped)},
         }
-
-
-def _statistics(method: Method) -> Iterator[Tensor]:
-    """Running statistics that a forward pass changes, of the student and of a teacher; working copies share them."""
-    found: dict[int, Tensor] = {}
-    for module in method.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            found.update((id(buffer), buffer) for buffer in module.buffers(recurse=False))
-    yield from found.values()
 
 
 def _never_finite(steps: int, lr: float) -> str:

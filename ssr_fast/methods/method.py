@@ -56,9 +56,9 @@ def class_weights(kind: str, counts: Sequence[int]) -> Tensor:
     return weights
 
 
-def step_key(seed: int, step: int, rank: int, device: torch.device) -> Tensor:
-    """The key of all random numbers that one rank draws in one step: int64 scalar on `device`."""
-    key = torch.zeros((), dtype=torch.int64, device=device)
+def step_key(seed: int, step: int, rank: int) -> int:
+    """The key of all random numbers that one rank draws in one step."""
+    key = 0
     for value in (seed, step, rank):
         key = counter.fold(key, value)
     return key
@@ -73,7 +73,8 @@ class Method(nn.Module):
     """Base of the methods, and itself the supervised one (source only).
 
     Everything random in `losses` is a function of (seed, step, rank), nothing waits for the device and no shape
-    depends on data, so that a step can be captured in a graph and repeated bit for bit.
+    depends on data, so that a step repeats bit for bit. It has two parts: `begin` writes what depends on the step's
+    number into tensors, `compute` reads them there, so that one graph of `compute` serves many steps.
 
     Args:
         student: the network that is trained, evaluated and shipped.
@@ -86,12 +87,14 @@ class Method(nn.Module):
     own_metrics: tuple[str, ...] = ()
     """Names in `losses` that the supervised method does not have."""
     class_weight: Tensor
+    key: Tensor
 
     def __init__(self, student: Segmentor, weights: Tensor, seed: int, rank: int = 0) -> None:
         super().__init__()
         self.student, self.seed, self.rank = student, seed, rank
         self.copies, self.dtype = nn.ModuleDict(), torch.float32
         self.register_buffer("class_weight", weights, persistent=False)
+        self.register_buffer("key", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def compute_in(self, dtype: torch.dtype) -> None:
         """Run forward and backward passes in a lower precision, on copies that follow the nets; those stay float32.
@@ -136,15 +139,24 @@ class Method(nn.Module):
         """What a batch still needs before its step, on the host: may read it, unlike the step itself."""
         return batch
 
-    def begin(self, step: int) -> Tensor:
-        """Prepare step (counted from 0): the key of its random numbers, handed to the student's stochastic layers."""
-        key = step_key(self.seed, step, self.rank, self.class_weight.device)
-        self.student.noise.key.copy_(counter.fold(key, 1))
-        return key
+    def begun(self, step: int) -> bool:
+        """Whether a method's own part (pseudo-labels, the contrast) runs in step; on it depends which operators do."""
+        return True
+
+    def begin(self, step: int) -> None:
+        """Prepare step (counted from 0), on the device and without waiting for it: the key of its random numbers, and
+        the student's stochastic layers' own."""
+        key = step_key(self.seed, step, self.rank)
+        self.key.fill_(key)
+        self.student.noise.key.fill_(counter.fold(key, 1))
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Loss terms of a step, scalars; "loss" is what is differentiated, the others are for the log."""
         self.begin(step)
+        return self.compute(batch, self.begun(step))
+
+    def compute(self, batch: Batch, begun: bool) -> dict[str, Tensor]:
+        """The second half of `losses`, for the step that `begin` has prepared; `begun` as for that step."""
         output = self.running("student")(normalise_batch(batch.source_image).to(self.dtype))
         loss = self.cross_entropy(output.logits, batch.source_label)
         return {"loss": loss, "loss/source": loss.detach()}

@@ -149,24 +149,30 @@ class SelfTraining(Method):
         """The teacher is part of a checkpoint: its parameters and its BatchNorm buffers."""
         return {**super().saved(), "teacher": self.teacher.net}
 
-    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Source and, from start_step on, mixed cross-entropy, feature distance and whatever a subclass adds."""
-        key = self.begin(step)
+    def begun(self, step: int) -> bool:
+        """Whether pseudo-labels are used."""
+        return step >= self.config.start_step
+
+    def begin(self, step: int) -> None:
+        """The average too: its rate changes from step to step."""
+        super().begin(step)
         self.teacher.follow(self.student, step)
-        adapting = step >= self.config.start_step
+
+    def compute(self, batch: Batch, begun: bool) -> dict[str, Tensor]:
+        """Source and, once begun, mixed cross-entropy, feature distance and whatever a subclass adds."""
         source = normalise_batch(batch.source_image)
-        mixed = self.mix(batch, source, counter.fold(key, 2), adapting) if adapting or self.wants_target(step) else None
+        mixed = self.mix(batch, source, counter.fold(self.key, 2), begun) if begun or self.wants_target() else None
         if mixed is None:
             output = self.running("student")(source.to(self.dtype))
         else:
             output = self.running("student")(torch.cat([source, mixed.image]).to(self.dtype), domains=2)
         logits = output.logits.chunk(1 if mixed is None else 2)
         terms = {"loss/source": self.cross_entropy(logits[0], batch.source_label)}
-        if mixed is not None and adapting:
+        if mixed is not None and begun:
             terms["loss/mixed"] = self.cross_entropy(logits[1], mixed.label, mixed.weight)
         if self.reference is not None:
             terms["loss/feature_distance"] = self.feature_distance(output, source, batch.source_label)
-        terms |= self.regularise(batch, source, mixed, output, adapting)
+        terms |= self.regularise(batch, source, mixed, output, begun)
         loss = torch.stack(list(terms.values())).sum()
         logged = {name: terms[name].detach() if name in terms else loss.detach() * 0.0 for name in self.term_names()}
         confident = mixed.confident if mixed is not None else loss.detach() * 0.0
@@ -176,25 +182,25 @@ class SelfTraining(Method):
         """Names of the loss terms in the log; the same in every step."""
         return ["loss/source", "loss/mixed"] + (["loss/feature_distance"] if self.reference is not None else [])
 
-    def wants_target(self, step: int) -> bool:
+    def wants_target(self) -> bool:
         """Whether the student sees the (unmixed) target before pseudo-labels are used."""
         return False
 
     def regularise(
-        self, batch: Batch, source: Tensor, mixed: Mixed | None, output: SegmentorOutput, adapting: bool
+        self, batch: Batch, source: Tensor, mixed: Mixed | None, output: SegmentorOutput, begun: bool
     ) -> dict[str, Tensor]:
         """Further weighted loss terms by name."""
         return {}
 
     @torch.no_grad()
-    def mix(self, batch: Batch, source: Tensor, key: Tensor, adapting: bool) -> Mixed:
+    def mix(self, batch: Batch, source: Tensor, key: Tensor, begun: bool) -> Mixed:
         """Pseudo-label the target, paste source classes onto it and augment the result.
 
-        Before start_step nothing is pasted and nothing labelled: the image is the augmented target.
+        Before it has begun nothing is pasted and nothing labelled: the image is the augmented target.
         """
         target = normalise_batch(batch.target_image)
         height, width = batch.source_label.shape[-2:]
-        if adapting:
+        if begun:
             label, _, count = pseudo_label(rows(self.teacher(target)), (height, width), self.config.threshold)
             confident = count.to(torch.float32) / label.numel()
             valid = batch.target_valid & row_mask(self.config, height, target.device)

@@ -188,19 +188,27 @@ class SourceFree(Method):
         kept = {"teacher": self.teacher.net, "confidence": self.confidence}
         return {**super().saved(), **kept, **({"projection": self.projection} if self.config.contrast > 0 else {})}
 
-    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Cross-entropy to the teacher's labels on the augmented target, and the contrast of its features."""
-        config, key = self.config, self.begin(step)
+    def begun(self, step: int) -> bool:
+        """Whether features are contrasted."""
+        return self.config.contrast > 0 and step >= self.config.contrast_start
+
+    def begin(self, step: int) -> None:
+        """The average too."""
+        super().begin(step)
         self.teacher.follow(self.student, step)
+
+    def compute(self, batch: Batch, begun: bool) -> dict[str, Tensor]:
+        """Cross-entropy to the teacher's labels on the augmented target, and the contrast of its features."""
+        config = self.config
         target = normalise_batch(batch.target_image)
         with torch.no_grad():
-            pseudo = self.label(batch, target, counter.fold(key, 2))
+            pseudo = self.label(batch, target, counter.fold(self.key, 2))
             image = strong_augment(
-                target, counter.fold(key, 3), config.jitter, config.jitter_probability, config.blur_probability
+                target, counter.fold(self.key, 3), config.jitter, config.jitter_probability, config.blur_probability
             )
         output = self.running("student")(image.to(self.dtype))
         terms = {"loss/target": self.cross_entropy(output.logits, pseudo.label, pseudo.weight)}
-        if config.contrast > 0 and step >= config.contrast_start:
+        if begun:
             terms["loss/contrast"] = config.contrast * self.contrast(output.fused, pseudo)
         loss = torch.stack(list(terms.values())).sum()
         nothing = loss.detach() * 0.0

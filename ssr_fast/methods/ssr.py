@@ -115,7 +115,7 @@ class Ssr(SelfTraining):
         """The regulariser's projections are part of a checkpoint; the frozen encoder is not."""
         return {**super().saved(), "regulariser": self.regulariser}
 
-    def wants_target(self, step: int) -> bool:
+    def wants_target(self) -> bool:
         """The regulariser needs no labels, so it sees the target from the first step."""
         return self.ssr.domains != "source"
 
@@ -130,7 +130,7 @@ class Ssr(SelfTraining):
         return dataclasses.replace(batch, source_features=self.views(batch.source_image))
 
     def regularise(
-        self, batch: Batch, source: Tensor, mixed: Mixed | None, output: SegmentorOutput, adapting: bool
+        self, batch: Batch, source: Tensor, mixed: Mixed | None, output: SegmentorOutput, begun: bool
     ) -> dict[str, Tensor]:
         """The weighted regulariser on the chosen half of the batch."""
         count = source.shape[0]
@@ -139,7 +139,7 @@ class Ssr(SelfTraining):
         if isinstance(self.regulariser, CosineAlignment):
             loss = self.running("regulariser")(output, keep, target)
         else:
-            loss = self._injected(batch, mixed, output, keep, target, adapting)
+            loss = self._injected(batch, mixed, output, keep, target, begun)
         return {f"loss/{self.ssr.regulariser}": self.ssr.weight * loss}
 
     def _target(self, batch: Batch, source: Tensor, mixed: Mixed | None, keep: slice) -> Tensor:
@@ -152,7 +152,7 @@ class Ssr(SelfTraining):
         return self.encoder.finish(torch.cat([kept, self.encoder.encode(mixed.image)]))
 
     def _injected(
-        self, batch: Batch, mixed: Mixed | None, output: SegmentorOutput, keep: slice, target: Tensor, adapting: bool
+        self, batch: Batch, mixed: Mixed | None, output: SegmentorOutput, keep: slice, target: Tensor, begun: bool
     ) -> Tensor:
         """Cross-entropy of the second decoding, on the same labels and weights as the first."""
         features = self.running("regulariser")([feature[keep] for feature in output.features], target)
@@ -165,4 +165,4 @@ class Ssr(SelfTraining):
             return self.cross_entropy(logits, mixed_label, mixed_weight)
         parts = logits.chunk(2)
         loss = self.cross_entropy(parts[0], batch.source_label)
-        return loss + self.cross_entropy(parts[1], mixed_label, mixed_weight) if adapting else loss
+        return loss + self.cross_entropy(parts[1], mixed_label, mixed_weight) if begun else loss
