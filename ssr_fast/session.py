@@ -24,9 +24,10 @@ from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.host_memory import keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig
-from ssr_fast.engine.precision import apply_precision, pick_precision
+from ssr_fast.engine.precision import pick_precision
 from ssr_fast.engine.side_by_side import share, side_by_side
 from ssr_fast.engine.trainer import Branch, Trainer, pick_device
+from ssr_fast.engine.wrapping import wrap
 from ssr_fast.errors import UserError
 from ssr_fast.evaluator import Evaluator
 from ssr_fast.methods.build import build_method
@@ -193,8 +194,7 @@ class Session:
             seed=config.run.seed,
             device=self.device,
         )
-        method.student.backbone.recompute_blocks = config.run.recompute_blocks
-        apply_precision(method, self.precision)
+        wrap(method, config.run, self.precision)
         store, log = self._records(stage)
         branch = None
         if shared and name == "self_training":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ssr_fast.data.torch_loader import Batch
 from ssr_fast.engine import graphs
 from ssr_fast.engine.checkpoint import CheckpointStore
+from ssr_fast.engine.compiling import CompiledStep, RunStep
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig, optimizer_state
@@ -38,6 +39,8 @@ class RunConfig:
     precision: str = "auto"
     """bf16 (copies of the weights and activations; weights, losses and statistics stay float32), tf32 (a GPU's), fp32,
     or auto: bf16 on a GPU that has it, else fp32."""
+    compile_blocks: bool = False
+    """torch.compile of every block and head: fewer, larger kernels, for minutes of compilation at the first steps."""
     graph: str = "auto"
     """auto (on a GPU a step is captured in a CUDA graph; where that fails a line says why) or off (every kernel is
     launched by itself: for debugging and profiles)."""
@@ -146,9 +149,11 @@ class Trainer:
         self.device, self.report, self.console, self.branch = device, report, console, branch
         self.step = TrainStep(method, optim, run.steps)
         self.optimizer, self.guard = self.step.optimizer, self.step.guard
-        self._run_step: Callable[[Batch, int], dict[str, Tensor]] = self.step
+        self._run_step: RunStep = self.step
         if device.type == "cuda" and run.graph == "auto":
             self._run_step = graphs.on_cuda(self.step, device, report)
+        if run.compile_blocks:
+            self._run_step = CompiledStep(self._run_step, report)
         self.done = 0
         self.scores: Evaluation | None = None
         self.seconds = 0.0

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,14 @@ def logits_only(model: Callable[[Tensor], Any]) -> Network:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module is as it was: frozen or BatchNorm parts may differ from the rest."""
+    """Eval mode inside, and eager: compiled blocks would be compiled again for each size of image. Afterwards each
+    module is as it was: frozen or BatchNorm parts may differ from the rest."""
     modes = [(module, module.training) for module in model.modules()]
+    compiled = any(module._compiled_call_impl is not None for module, _ in modes)
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module, training in modes:
             module.training = training
