@@ -19,6 +19,7 @@ from ssr_fast.data.labels import ClassSet
 from ssr_fast.domains import load, open_domains
 from ssr_fast.engine import fork_server
 from ssr_fast.engine.apex import check_fused
+from ssr_fast.engine.attention import apply_attention, check_attention
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
@@ -64,6 +65,7 @@ class Session:
         self.device = pick_device(config.run.device)
         self.precision = pick_precision(config.run.precision, self.device)
         check_fused(config.optim.fused, self.device)
+        check_attention(config.run.attention, config.model.backbone, self.precision, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.resolved = plain(dataclasses.asdict(config))
@@ -197,6 +199,7 @@ class Session:
         )
         method.student.backbone.recompute_blocks = config.run.recompute_blocks
         apply_precision(method, self.precision)
+        apply_attention(method, config.run.attention)
         store, log = self._records(stage)
         branch = None
         if shared and name == "self_training":

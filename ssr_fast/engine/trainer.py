@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from ssr_fast.data.torch_loader import Batch
+from ssr_fast.engine.attention import ATTENTIONS
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.guard import StepGuard, StopSignal
 from ssr_fast.engine.metrics import MetricLog
@@ -36,6 +37,8 @@ class RunConfig:
     precision: str = "auto"
     """bf16 (copies of the weights and activations; weights, losses and statistics stay float32), tf32 (a GPU's), fp32,
     or auto: bf16 on a GPU that has it, else fp32."""
+    attention: str = "sdpa"
+    """The MiT's attention in a step: sdpa (PyTorch's own) or xformers (memory_efficient_attention, on a GPU)."""
     recompute_blocks: bool = False
     """Keep of each block of the student its input alone, and compute the rest again in the backward pass: for crops
     that would not fit into the GPU's memory. Counted at 1024 with MiT-B5: 57 % fewer bytes, 16 % more arithmetic."""
@@ -63,6 +66,8 @@ class RunConfig:
                 found.append(f"--{where}.{name} must not be negative (it is {getattr(self, name)})")
         if self.precision not in PRECISIONS:
             found.append(f"--{where}.precision must be one of {', '.join(PRECISIONS)} (it is {self.precision})")
+        if self.attention not in ATTENTIONS:
+            found.append(f"--{where}.attention must be one of {', '.join(ATTENTIONS)} (it is {self.attention})")
         kind = self.device.partition(":")[0]
         if kind not in ("auto", "cpu", "cuda"):
             found.append(f"--{where}.device must be auto, cpu, cuda or cuda:N (it is {self.device})")
