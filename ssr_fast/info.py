@@ -8,7 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ssr_fast.commandline import DONE, command_parser, parse, run
+from ssr_fast.engine.apex import apex_reasons
+from ssr_fast.engine.attention import head_shapes, xformers_problem
 from ssr_fast.engine.environment import environment, missing
+from ssr_fast.engine.precision import computed_dtype, pick_precision
+from ssr_fast.engine.trainer import pick_device
 from ssr_kernels import align, contrast, dwconv, library, segloss
 from ssr_kernels.registry import BACKENDS
 
@@ -20,12 +24,14 @@ def gather() -> dict[str, Any]:
 
     Returns:
         environment()'s entries, and: missing (package -> why), libraries (name -> why it cannot be used, None if it
-        can), ops (op -> backend -> list of reasons against it on this machine, empty if it runs).
+        can), choices (option that is off by default -> the same), ops (op -> backend -> list of reasons against it on
+        this machine, empty if it runs).
     """
     return {
         **environment(),
         "missing": missing(),
         "libraries": {name: next(iter(library.reasons(name)), None) for name in library.LIBRARIES},
+        "choices": _choices(),
         "ops": {op.name: {backend: op.reasons(backend) for backend in BACKENDS} for op in OPS},
     }
 
@@ -41,6 +47,8 @@ def show(facts: dict[str, Any], console: Console) -> None:
         machine.add_row(name, _text(version or facts["missing"][name]))
     for name, reason in facts["libraries"].items():
         machine.add_row(f"lib{name}.so", reason or "loaded")
+    for name, reason in facts["choices"].items():
+        machine.add_row(name, reason or "can be used")
     console.print(machine)
 
     kernels = _table("op", *BACKENDS)
@@ -60,6 +68,16 @@ def main(argv: Sequence[str]) -> int:
     else:
         show(facts, Console(markup=False, highlight=False))  # [x] in a sentence is no markup
     return DONE
+
+
+def _choices() -> dict[str, str | None]:
+    """Backends by choice: what stands against them here, in the precision and with the backbone of the benchmarks."""
+    device = pick_device("auto")
+    dtype = computed_dtype(pick_precision("auto", device))
+    return {
+        "--optim.fused apex": "; ".join(apex_reasons(device)) or None,
+        "--run.attention xformers": xformers_problem(head_shapes("mit_b5"), dtype, device),
+    }
 
 
 def _table(*columns: str) -> Table:

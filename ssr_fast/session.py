@@ -18,6 +18,8 @@ from ssr_fast.data.index_cache import Report
 from ssr_fast.data.labels import ClassSet
 from ssr_fast.domains import load, open_domains
 from ssr_fast.engine import fork_server
+from ssr_fast.engine.apex import check_fused
+from ssr_fast.engine.attention import check_attention
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
@@ -63,6 +65,8 @@ class Session:
         self.folder = Path(config.run.dir)
         self.device = pick_device(config.run.device)
         self.precision = pick_precision(config.run.precision, self.device)
+        check_fused(config.optim.fused, self.device)
+        check_attention(config.run.attention, config.model.backbone, self.precision, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.resolved = plain(dataclasses.asdict(config))

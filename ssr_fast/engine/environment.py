@@ -1,6 +1,5 @@
 """What a run ran on: versions, commit, device. Goes into environment.json and into `python -m ssr_fast.info`."""
 
-import importlib.util
 import os
 import platform
 import subprocess
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ssr_fast.engine.apex import is_nvidias
 
 _DISTRIBUTIONS = {
     "ssr_fast": ("ssr_fast",),
@@ -49,7 +50,7 @@ def environment() -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Version of each package that ssr_fast uses or can use; None if it is missing, or is not what it must be."""
     found = {name: _version(names) for name, names in _DISTRIBUTIONS.items()}
-    return {**found, "apex": found["apex"] if _apex_is_nvidias() else None}
+    return {**found, "apex": found["apex"] if is_nvidias() else None}
 
 
 def missing() -> dict[str, str]:
@@ -84,13 +85,6 @@ def _version(distributions: tuple[str, ...]) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _apex_is_nvidias() -> bool:
-    """Whether `apex` is NVIDIA's, told by its folders: importing PyPI's project of that name may well fail."""
-    spec = importlib.util.find_spec("apex")
-    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
-    return any((folder / "multi_tensor_apply").is_dir() for folder in folders)
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -53,16 +53,16 @@ class StopSignal:
 class StepGuard:
     """Steps the optimiser, unless the gradient is not finite: then the step leaves no trace, decided on the device.
 
-    Parameters and the optimiser's state (its step count included) stay as they were, because fused AdamW honours
-    `found_inf`; the buffers are written back. Clipping rides on the same kernel's `grad_scale`, so it costs no pass of
-    its own. Nothing here waits for the device, so the step can be captured in a CUDA graph.
+    Parameters and the optimiser's state (its step count included) stay as they were, because fused AdamW, PyTorch's and
+    Apex's alike, honours `found_inf`; the buffers are written back. Clipping rides on the same kernel's `grad_scale`,
+    so it costs no pass of its own. Nothing here waits for the device, so the step can be captured in a CUDA graph.
     A finite gradient whose norm overflows fp32 (about 1e19 an element) is skipped too.
 
     Order of a step: `before_forward()`, forward, backward, `step()`, whatever depends on it (such as the teacher's
     average, which a caller masks with `found_inf`), then zero the gradients.
 
     Args:
-        optimizer: one whose groups are all fused.
+        optimizer: one whose groups are all "fused": it takes the attributes `found_inf` and `grad_scale` in each step.
         buffers: what a forward pass changes and a skipped step must not: running statistics of student and teacher.
         clip_norm: largest total norm of the gradient; 0 = no clipping.
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
+
+from ssr_fast.engine.apex import FUSED, ApexAdamW
 
 _ROLES = ("backbone", "head", "extra")
 _UNDECAYED = ("pos_block", "norm")
@@ -39,6 +41,9 @@ class OptimConfig:
     """Step at which the linear decay reaches 0; unset: the run's number of steps."""
     clip_norm: float = 0.0
     """Largest total norm of the gradient, beyond which it is scaled down; 0 = no clipping."""
+    fused: str = "torch"
+    """Whose fused AdamW: torch's, or apex for FusedAdam of NVIDIA Apex, which must be built from source. Checkpoints of
+    one can be resumed with the other."""
 
     def problems(self, where: str) -> list[str]:
         """One sentence for each illegal value; `where` is the options' prefix, such as "optim"."""
@@ -53,6 +58,7 @@ class OptimConfig:
             ("warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio <= 1, "lie in [0, 1]"),
             ("decay_steps", decay, decay is None or decay > 0, "be > 0, or unset for the run's number of steps"),
             ("clip_norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "be >= 0 (0 = no clipping)"),
+            ("fused", self.fused, self.fused in FUSED, f"be one of {', '.join(FUSED)}"),
         ]
         found = [f"--{where}.{name} must {rule} (it is {value})" for name, value, legal, rule in rules if not legal]
         if decay is not None and 0 < decay <= self.warmup_steps:
@@ -80,7 +86,7 @@ def learning_rate(step: int, config: OptimConfig, total: int) -> float:
     return rate
 
 
-def build_optimizer(modules: Mapping[str, nn.Module], config: OptimConfig) -> AdamW:
+def build_optimizer(modules: Mapping[str, nn.Module], config: OptimConfig) -> Optimizer:
     """Fused AdamW over the trainable parameters, its state allocated at once, its learning rates in device tensors.
 
     A state of zeros is what AdamW's lazy start makes too; to have it from the beginning means that checkpoints always
@@ -92,7 +98,8 @@ def build_optimizer(modules: Mapping[str, nn.Module], config: OptimConfig) -> Ad
         config: learning rates and decay. Set each step's rate with `set_learning_rate`.
 
     Returns:
-        the optimiser; a group also holds "lr_factor" and "param_names" (such as "backbone.block1.0.norm1.weight").
+        PyTorch's AdamW or, for `config.fused` "apex", ApexAdamW with the same groups and state; a group also holds
+        "lr_factor" and "param_names" (such as "backbone.block1.0.norm1.weight").
 
     Raises:
         ValueError: an unknown key in `modules`, or nothing to train.
@@ -108,25 +115,23 @@ def build_optimizer(modules: Mapping[str, nn.Module], config: OptimConfig) -> Ad
     if not groups:
         raise ValueError("there is no trainable parameter")
     device = next(iter(groups.values()))[0][1].device
-    optimizer = AdamW(
-        [
-            {
-                "params": parameters,
-                "lr": torch.full((), config.lr * factor, dtype=torch.float32, device=device),
-                "lr_factor": factor,
-                "weight_decay": decay,
-            }
-            for (factor, decay), parameters in groups.items()
-        ],
-        betas=config.betas,
-        fused=True,
-        capturable=device.type == "cuda",
-    )
+    built = [
+        {
+            "params": parameters,
+            "lr": torch.full((), config.lr * factor, dtype=torch.float32, device=device),
+            "lr_factor": factor,
+            "weight_decay": decay,
+        }
+        for (factor, decay), parameters in groups.items()
+    ]
+    if config.fused == "apex":
+        return ApexAdamW(built, config.betas)
+    optimizer = AdamW(built, betas=config.betas, fused=True, capturable=device.type == "cuda")
     _allocate_state(optimizer)
     return optimizer
 
 
-def set_learning_rate(optimizer: AdamW, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Sets each group's learning rate to `rate` times the group's factor, without a host sync.
 
     It belongs outside of a captured CUDA graph, in which `rate` would be frozen.
@@ -135,7 +140,7 @@ def set_learning_rate(optimizer: AdamW, rate: float) -> None:
         group["lr"].fill_(rate * group["lr_factor"])
 
 
-def optimizer_state(optimizer: AdamW) -> dict[str, Any]:
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     """The optimiser's tensors themselves, by parameter name: {"params": {name: {"step", ...}}, "lr": {group: tensor}}.
 
     Loading a checkpoint writes into these tensors in place. The optimiser must come from `build_optimizer`.

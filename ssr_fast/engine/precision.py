@@ -30,6 +30,11 @@ def pick_precision(name: str, device: torch.device) -> str:
     return ("bf16" if able else "fp32") if name == "auto" else name
 
 
+def computed_dtype(name: str) -> torch.dtype:
+    """The type of weights and activations in a step, for a precision that pick_precision has given."""
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
 def apply_precision(method: Method, name: str) -> None:
     """Make a method on its device compute in a precision that pick_precision has given."""
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")

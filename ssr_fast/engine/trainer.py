@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssr_fast.data.torch_loader import Batch
 from ssr_fast.engine import graphs
+from ssr_fast.engine.attention import ATTENTIONS
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.compiling import CompiledStep, RunStep
 from ssr_fast.engine.guard import StopSignal
@@ -44,6 +45,8 @@ class RunConfig:
     graph: str = "auto"
     """auto (on a GPU a step is captured in a CUDA graph; where that fails a line says why) or off (every kernel is
     launched by itself: for debugging and profiles)."""
+    attention: str = "sdpa"
+    """The MiT's attention in a step: sdpa (PyTorch's own) or xformers (memory_efficient_attention, on a GPU)."""
     recompute_blocks: bool = False
     """Keep of each block of the student its input alone, and compute the rest again in the backward pass: for crops
     that would not fit into the GPU's memory. Counted at 1024 with MiT-B5: 57 % fewer bytes, 16 % more arithmetic."""
@@ -73,6 +76,8 @@ class RunConfig:
             found.append(f"--{where}.precision must be one of {', '.join(PRECISIONS)} (it is {self.precision})")
         if self.graph not in graphs.MODES:
             found.append(f"--{where}.graph must be {' or '.join(graphs.MODES)} (it is {self.graph})")
+        if self.attention not in ATTENTIONS:
+            found.append(f"--{where}.attention must be one of {', '.join(ATTENTIONS)} (it is {self.attention})")
         kind = self.device.partition(":")[0]
         if kind not in ("auto", "cpu", "cuda"):
             found.append(f"--{where}.device must be auto, cpu, cuda or cuda:N (it is {self.device})")

@@ -6,7 +6,7 @@ B batch, C channels, H W pixels, h w feature pixels, N query tokens, M key token
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,8 @@ class Attention(nn.Module):
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)  # rows [0:C] make k, rows [C:2C] make v
         self.proj = nn.Linear(dim, dim)
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+        """Instead of PyTorch's: q [B, N, heads, size], k and v [B, M, heads, size] -> [B, N, heads, size]."""
         self.sr_ratio = sr_ratio
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, stride=sr_ratio)
@@ -94,12 +96,16 @@ class Attention(nn.Module):
         """x [B, h, w, C] -> [B, h, w, C]."""
         batch, height, width, dim = x.shape
         size = dim // self.heads
-        q = self.q(x).view(batch, -1, self.heads, size).transpose(1, 2)  # [B, heads, N, size]
+        q = self.q(x).view(batch, -1, self.heads, size)  # [B, N, heads, size]
         if self.sr_ratio > 1:
             x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # [B, h // sr, w // sr, C]
-        k, v = self.kv(x).view(batch, -1, 2, self.heads, size).permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, M, size]
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = self.proj(mixed.transpose(1, 2).reshape(batch, height, width, dim))  # [B, h, w, C]
+        kv = self.kv(x).view(batch, -1, 2, self.heads, size)  # [B, M, 2, heads, size]
+        if self.attend is not None:
+            mixed = self.attend(q, *kv.unbind(2))  # [B, N, heads, size]
+        else:
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, M, size]
+            mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
+        out: Tensor = self.proj(mixed.reshape(batch, height, width, dim))  # [B, h, w, C]
         return out
 
 

@@ -22,6 +22,9 @@ def test_json_is_one_object_with_every_entry():
     assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
     assert set(facts["missing"]) == {name for name, version in facts["versions"].items() if version is None}
     assert set(facts["libraries"]) == set(LIBRARIES)
+    assert set(facts["choices"]) == {"--optim.fused apex", "--run.attention xformers"}
+    if not facts["devices"]:
+        assert "on a GPU, and there is none in use" in facts["choices"]["--optim.fused apex"]
     assert {"align", "dwconv_gelu", "dwconv_dilated", "segloss", "pseudo_label"} <= set(facts["ops"])
     for reasons in facts["ops"].values():
         assert set(reasons) == set(BACKENDS) and reasons["reference"] == []
@@ -32,6 +35,7 @@ def test_the_tables_show_every_reason():
     facts = info.gather()
     facts["versions"]["xformers"], facts["missing"]["xformers"] = None, "not there [for a reason]"
     facts["libraries"]["ssr_cpu"] = "no compiler"
+    facts["choices"] = {"--optim.fused apex": "no [apex] here", "--run.attention xformers": None}
     facts["ops"]["align"]["triton"] = ["no [GPU]", "no triton"]
     facts["devices"] = [{"name": "H100", "capability": "9.0", "memory_gib": 79.1}]
     screen = io.StringIO()
@@ -40,6 +44,8 @@ def test_the_tables_show_every_reason():
         "not there [for a reason]",
         "no compiler",
         "no [GPU]; no triton",
+        "no [apex] here",
+        "can be used",
         "H100, compute 9.0, 79.1 GiB",
         "runs",
     ):
