@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssr_fast.models.noise import ChannelDropout, Noise
+from ssr_fast.models.norm_relu import norm_relu
 from ssr_kernels.dwconv import dwconv_dilated
 
 DILATIONS = (6, 12, 18)
@@ -35,10 +36,26 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """
         if self.splits == 1 or not self.training:
             return super().forward(input)
-        if input.shape[0] % self.splits:
-            raise ValueError(f"a batch of {input.shape[0]} images cannot be split into {self.splits} equal domains")
+        self._check(input)
         forward = super().forward
         return torch.cat([forward(part) for part in input.chunk(self.splits)])
+
+    def followed_by_relu(self, x: Tensor, mixer: Tensor | None) -> Tensor:
+        """In training: relu(self(x)), or the 1x1 convolution of that with weight `mixer`; keeps x alone for backward.
+
+        Raises:
+            ValueError: B is not a multiple of splits.
+        """
+        self._check(x)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked.add_(self.splits)
+        running = (self.running_mean, self.running_var)
+        return norm_relu(x, self.weight, self.bias, running, self.momentum, self.eps, self.splits, mixer)
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[0] % self.splits:
+            raise ValueError(f"a batch of {x.shape[0]} images cannot be split into {self.splits} equal domains")
 
 
 class ConvNorm(nn.Module):
@@ -50,9 +67,20 @@ class ConvNorm(nn.Module):
         self.bn = SplitBatchNorm2d(out_channels)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
-    def finish(self, x: Tensor) -> Tensor:
-        """BatchNorm and ReLU of a convolution's result: x [B, C, h, w] -> [B, C, h, w]."""
-        return F.relu(self.bn(x), inplace=True)
+    def finish(self, x: Tensor, mixer: Tensor | None = None) -> Tensor:
+        """BatchNorm and ReLU of a convolution's result, and a pointwise convolution of them if its weight is given.
+
+        Args:
+            x: [B, C, h, w].
+            mixer: [E, C, 1, 1].
+
+        Returns:
+            [B, C, h, w], or [B, E, h, w].
+        """
+        if self.training and not torch.compiler.is_compiling():  # the compiler finds out by itself what to keep
+            return self.bn.followed_by_relu(x, mixer)
+        out = F.relu(self.bn(x), inplace=True)
+        return out if mixer is None else F.conv2d(out, mixer)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C_in, h, w] -> [B, C_out, h, w]."""
@@ -72,8 +100,8 @@ class SeparableConv(nn.Module):
 
     def forward(self, depthwise: Tensor) -> Tensor:
         """depthwise [B, C_in, h, w], the depthwise convolution's result -> [B, C_out, h, w]."""
-        out: Tensor = self.pointwise_conv(self.depthwise_conv.finish(depthwise))
-        return out
+        mixed = self.depthwise_conv.finish(depthwise, self.pointwise_conv.conv.weight)
+        return self.pointwise_conv.finish(mixed)
 
 
 class SeparableASPP(nn.Module):
