@@ -1,7 +1,7 @@
 """BatchNorm and ReLU in training, of which only the input is kept for the backward pass.
 
-What comes out is computed again there, from statistics that come out bit-equal: two more reads and a write of a map, for
-a map less that is held. A pointwise convolution that follows is taken in, as it would keep the map for itself.
+What comes out is computed again there, bit-equal: two more reads and a write of a map, for a map less that is held.
+A pointwise convolution that follows is taken in, as it would keep the map for itself.
 
 B batch, C channels, E channels of the convolution, h w feature pixels.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 aten = torch.ops.aten
 
@@ -46,7 +45,7 @@ def norm_relu(
 class _NormRelu(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -58,7 +57,7 @@ class _NormRelu(torch.autograd.Function):
         mixer: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, mixer)
-        ctx.eps, ctx.splits = eps, splits  # type: ignore[attr-defined]
+        ctx.eps, ctx.splits = eps, splits
         y, _ = _normalised(x, weight, bias, (mean, variance), momentum, eps, splits)
         y.relu_()
         return y if mixer is None else torch.conv2d(y, mixer)
@@ -71,15 +70,9 @@ class _NormRelu(torch.autograd.Function):
         grad, mixer_grad = grads[0], None
         if mixer is not None:
             wanted = [True, ctx.needs_input_grad[8], False]
-            unit = (
-                [1, 1],
-                [0, 0],
-                [1, 1],
-                False,
-                [0, 0],
-                1,
-            )  # stride, padding, dilation, transposed, its padding, groups
-            grad, mixer_grad, _ = aten.convolution_backward(grad, y, mixer, None, *unit, wanted)
+            stride, padding, dilation, transposed, groups = [1, 1], [0, 0], [1, 1], False, 1
+            how = (stride, padding, dilation, transposed, padding, groups)
+            grad, mixer_grad, _ = aten.convolution_backward(grad, y, mixer, None, *how, wanted)
         grad = aten.threshold_backward(grad, y, 0)
         parts = [
             aten.native_batch_norm_backward(g, part, weight, None, None, *moments, True, ctx.eps, [True, True, True])
