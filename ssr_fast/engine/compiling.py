@@ -64,7 +64,7 @@ class CompiledStep:
             ) from error
         seconds = compile_seconds()
         if seconds > self._seconds:
-            self._report(f"step {step}: {seconds - self._seconds:.0f} s to compile blocks")
+            self._report(f"step {step + 1}: {seconds - self._seconds:.0f} s to compile blocks")
             self._seconds = seconds
         return terms
 

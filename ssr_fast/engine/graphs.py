@@ -86,7 +86,7 @@ class GraphedStep:
                 f"no CUDA graph, every step is launched kernel by kernel: {first} (--run.graph off: not tried)"
             )
             return None
-        self._report(f"{self._step.method.stage_name}: steps from {step} on replay a CUDA graph")
+        self._report(f"{self._step.method.stage_name}: steps from {step + 1} on replay a CUDA graph")
         return _Captured(replay, kept, terms)
 
 

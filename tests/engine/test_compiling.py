@@ -74,7 +74,7 @@ def test_the_time_is_reported_where_there_was_any(fast):
     step = compiling.CompiledStep(make_step(compile_blocks=True), lines.append)
     for number in range(3):
         step(make_batch(seed=number), number)
-    assert len(lines) == 1 and lines[0].startswith("step 0: ") and lines[0].endswith(" s to compile blocks")
+    assert len(lines) == 1 and lines[0].startswith("step 1: ") and lines[0].endswith(" s to compile blocks")
 
 
 def test_what_cannot_be_compiled_is_one_sentence(fast, monkeypatch):
