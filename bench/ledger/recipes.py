@@ -74,9 +74,9 @@ def ours(size: Size, sam: str = "", precision: str = "bf16", recompute_blocks: b
     with patch.object(copy, "deepcopy", _copied):
         apply_precision(method, precision)
     step = CountedStep(method, OptimConfig(), STEPS)
-    with Ledger(*method.children()) as step.ledger, step.ledger.saving():
+    with step.counted_by(*method.children()) as ledger, ledger.saving():
         step(batch, STEP)
-    return step.ledger.counts
+    return ledger.counts
 
 
 def _method(sam: str = "") -> SelfTraining:
@@ -97,6 +97,11 @@ class CountedStep(TrainStep):
     """Lets a ledger see the backward pass."""
 
     ledger: Ledger
+
+    def counted_by(self, *nets: nn.Module) -> Ledger:
+        """A new ledger, to be entered around a step; nets: whose parameters are not activations."""
+        self.ledger = Ledger(*nets)
+        return self.ledger
 
     def backward(self, loss: Tensor) -> None:
         self.ledger.backward(loss)
