@@ -78,7 +78,7 @@ class Workload:
 
 
 def demo_workload(images: int = 4, height: int = 96, width: int = 192) -> Workload:
-    """The demo's network, options and scenes; the threshold lets every pseudo-label count, see tests/bench/test_levers.
+    """The demo's network, options and scenes; every pseudo-label counts (tests/bench/test_levers.py says why).
 
     Args:
         images: B.
