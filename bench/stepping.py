@@ -20,7 +20,7 @@ from ssr_fast.data.torch_loader import Batch
 
 BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest relative difference of a right row's losses from the released loop's, by the row's activations."""
-GPU_SECONDS, CPU_SECONDS = 8.0, 60.0
+GPU_SECONDS, CPU_SECONDS = 5.0, 60.0
 """Time for a row's measurement on a GPU, and for that of all rows on a CPU."""
 WARM_UP = 5
 
