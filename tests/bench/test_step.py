@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from bench.harness import Setting
 from bench.measure import Timing
 from bench.peaks import Peak, find_peak
 from bench.stepping import Comparison, Row
-from bench.variants import BFLOAT16, GRAPH, ONE_PASS, RELEASED, VARIANTS
+from bench.variants import AUTOCAST, BFLOAT16, GRAPH, ONE_PASS, RELEASED, VARIANTS
 from bench.workload import demo_workload
 from ssr_fast.methods.method import Method
 
@@ -129,3 +130,43 @@ def test_a_loss_that_is_not_finite_is_wrong():
     row = Row("size", "name", "fp32", losses=[{"loss": float("nan"), "loss/source": 1.0, "loss/mixed": 1.0}])
     stepping.judge(row, [{"loss": 1.0, "loss/source": 1.0, "loss/mixed": 1.0}], 1e-5)
     assert row.failed
+
+
+def test_the_path_of_a_gpu_with_stand_ins(monkeypatch):
+    """Rows are judged with TF32 off, timed with it, and one row's nets are gone before the next."""
+    moments, seen = iter(range(1000)), []
+    monkeypatch.setattr(stepping, "_event", lambda: SimpleNamespace(at=next(moments), elapsed_time=elapsed))
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: 7)
+
+    def elapsed(last):
+        return 20.0
+
+    def loop(*arguments):
+        step = variants.released_loop(*arguments)
+
+        def watched(batch, number):
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return step(batch, number)
+
+        return watched
+
+    comparison = Comparison(demo_workload(1, 64, 64), [RELEASED, AUTOCAST], Setting(CPU, True), Peak(4e12, 2e12, 1e12))
+    comparison.on_gpu = True
+    comparison.rows = {name: Row("size", name, comparison._precision(VARIANTS[name])) for name in comparison.rows}
+    monkeypatch.setitem(VARIANTS, RELEASED, variants.Variant(loop))
+    rows = comparison.run()
+    assert [row.precision for row in rows] == ["tf32", "bf16"]
+    for row in rows:
+        assert row.status == "ok" and row.step_us.median == pytest.approx(20_000) and row.peak_bytes == 7, row
+        assert row.mfu == pytest.approx(100 * comparison.flops / 0.02 / (2e12 if row.precision == "tf32" else 4e12))
+    assert seen[:2] == [False, False] and all(seen[2:]) and len(seen) == 2 + stepping.WARM_UP + rows[0].samples
+
+
+def test_a_row_without_memory_is_skipped(monkeypatch):
+    def large(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 TiB")
+
+    monkeypatch.setitem(VARIANTS, ONE_PASS, variants.Variant(large))
+    (row,) = Comparison(demo_workload(1, 64, 64), [ONE_PASS], Setting(CPU, True), None).run()
+    assert row.status == "skipped" and "3 TiB" in row.reasons[0]
