@@ -2,7 +2,8 @@
 
 On a GPU if there is one, else the small cases on the CPU. Exit code 0: everything that can run here ran and is right;
 1: a provider raised or returned a wrong result; 2: a mistake on the command line. `python -m bench ledger` times
-nothing and counts what a training step asks of the device (--help says more).
+nothing and counts what a training step asks of the device, `python -m bench step` times whole training steps (--help
+of each says more).
 """
 
 import argparse
@@ -25,6 +26,11 @@ BENCHES: tuple[Bench, ...] = (
     dwconv.DILATED_BENCH,
     segloss.BENCH,
 )
+COMMANDS = {
+    "ledger": "a training step counted at full size: operators, syncs, bytes (python -m bench ledger --help)",
+    "step": "a training step timed, the released loop's and ours, lever by lever (python -m bench step --help)",
+}
+"""What has a command line of its own."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,10 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .ledger.__main__ import main as ledger
 
         return ledger(words[1:])
+    if words[:1] == ["step"]:
+        from .step import main as step
+
+        return step(words[1:])
     options = parse(words)
     if options.list:
         for bench in BENCHES:
             print(f"{bench.name:24} {bench.about}")
+        for name, about in COMMANDS.items():
+            print(f"{name:24} {about}")
         return 0
     known = {bench.name: bench for bench in BENCHES}
     if problem := _problem(options, list(known)):

@@ -51,7 +51,7 @@ def document(rows: list[Row], setting: Setting, peaks: Peaks | None) -> dict[str
         "quick": setting.quick,
         "method": METHOD,
         "peaks": peaks and dataclasses.asdict(peaks),
-        "rows": [_finite(dataclasses.asdict(row)) for row in rows],
+        "rows": [finite(dataclasses.asdict(row)) for row in rows],
     }
 
 
@@ -82,12 +82,12 @@ def _cpu_name() -> str:
     return found[1].strip() if found else "CPU"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity: the string "inf" stands for it."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -215,6 +215,10 @@ def _against_bench() -> list[str]:
     return no_gpu() + missing_packages([ROOT / "bench" / "__main__.py"])
 
 
+def _against_step() -> list[str]:
+    return no_gpu() + missing_packages([ROOT / "bench" / "step.py"])
+
+
 # without torch's pool every tensor is an allocation of its own, so that memcheck sees where each ends
 UNPOOLED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
@@ -231,6 +235,7 @@ STEPS = (
     Step("sanitizer", "sanitizer, memcheck", _sanitize("memcheck"), _against_sanitizer, UNPOOLED),
     Step("sanitizer", "sanitizer, racecheck", _sanitize("racecheck"), _against_sanitizer),
     Step("bench", "benchmarks", lambda: [sys.executable, "-m", "bench", "--json"], _against_bench),
+    Step("bench", "training step", lambda: [sys.executable, "-m", "bench", "step", "--json"], _against_step),
 )
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.ledger import released
+from bench import released
 from bench.ledger.counting import Counts, Ledger
 from ssr_fast.data.labels import CITYSCAPES
 from ssr_fast.data.torch_loader import Batch
@@ -26,6 +26,10 @@ from ssr_fast.models.segmentor import ModelConfig, Segmentor, build_segmentor
 
 MODEL = ModelConfig()
 """MiT-B5 with the DAFormer head."""
+
+
+STEPS, STEP = 40000, 1000
+"""Of DAFormer's run, and the one that is counted."""
 
 
 @dataclass(frozen=True)
@@ -56,43 +60,48 @@ def build() -> Segmentor:
 
 def released_loop(size: Size, autocast: bool, levers: Sequence[str] = ()) -> Counts:
     """One step of the released loop, with some levers pulled."""
-    batch, step = fake_batch(size), released.ReleasedStep(build(), build, levers)
-    with (
-        released.parts(levers),
-        released.autocast() if autocast else contextlib.nullcontext(),
-        Ledger(*step.nets()) as ledger,
-    ):
-        step(ledger, batch)
+    batch, step = fake_batch(size), released.ReleasedStep(_method(), OptimConfig(), STEPS, levers)
+    with released.autocast() if autocast else contextlib.nullcontext(), Ledger(*step.nets()) as ledger:
+        step.autograd = ledger
+        step(batch, STEP)
     return ledger.counts
 
 
 def ours(size: Size, sam: str = "", precision: str = "bf16", recompute_blocks: bool = False) -> Counts:
     """One step of ours, optimiser and average included; with a frozen SAM of that name (vit_b, vit_h)."""
-    batch, student = fake_batch(size), build()
-    student.backbone.recompute_blocks = recompute_blocks
-    common = (torch.ones(256), 0, SelfTrainingConfig(), CITYSCAPES.count)
-    reference: nn.Module = build().backbone
+    batch, method = fake_batch(size), _method(sam)
+    method.student.backbone.recompute_blocks = recompute_blocks
     with patch.object(copy, "deepcopy", _copied):
-        if sam:
-            encoder = build_vit(SHAPES[sam])
-            use_low_rank_attention(encoder)
-            frozen = FrozenEncoder(encoder, SHAPES[sam].size, False)
-            method: SelfTraining = Ssr(
-                student, *common, SsrConfig(), frozen, things=CITYSCAPES.things, reference=reference
-            )
-        else:
-            method = SelfTraining(student, *common, CITYSCAPES.things, reference)
-        apply_precision(method.train(), precision)
-    step = _CountedStep(method, OptimConfig(), 40000)
-    with Ledger(*method.children()) as step.ledger, step.ledger.saving():
-        step(batch, 1000)
-    return step.ledger.counts
+        apply_precision(method, precision)
+    step = CountedStep(method, OptimConfig(), STEPS)
+    with step.counted_by(*method.children()) as ledger, ledger.saving():
+        step(batch, STEP)
+    return ledger.counts
 
 
-class _CountedStep(TrainStep):
+def _method(sam: str = "") -> SelfTraining:
+    """Self-training as DAFormer's options have it, or SSR with a frozen SAM of that name."""
+    common = (torch.ones(256), 0, SelfTrainingConfig(), CITYSCAPES.count)
+    student, reference = build(), build().backbone
+    with patch.object(copy, "deepcopy", _copied):
+        if not sam:
+            return SelfTraining(student, *common, CITYSCAPES.things, reference).train()
+        encoder = build_vit(SHAPES[sam])
+        use_low_rank_attention(encoder)
+        frozen = FrozenEncoder(encoder, SHAPES[sam].size, False)
+        method = Ssr(student, *common, SsrConfig(), frozen, things=CITYSCAPES.things, reference=reference)
+        return method.train()
+
+
+class CountedStep(TrainStep):
     """Lets a ledger see the backward pass."""
 
     ledger: Ledger
+
+    def counted_by(self, *nets: nn.Module) -> Ledger:
+        """A new ledger, to be entered around a step; nets: whose parameters are not activations."""
+        self.ledger = Ledger(*nets)
+        return self.ledger
 
     def backward(self, loss: Tensor) -> None:
         self.ledger.backward(loss)
