@@ -54,7 +54,9 @@ def workload(one_thread):
     for number in range(SOURCE_ONLY):
         terms = step(fresh.batches[number % len(fresh.batches)], number)
     assert terms["loss"] < 0.3
-    return dataclasses.replace(fresh, student=student)
+    # a decay and a factor of the head that move the weights by more than the bounds, so that wrong groups are noticed
+    optim = dataclasses.replace(fresh.optim, lr=3.5e-4, head_lr_factor=2.0, weight_decay=1.0)
+    return dataclasses.replace(fresh, student=student, optim=optim)
 
 
 def cancelled(name, tensor):
