@@ -69,6 +69,12 @@ def _segformer(self: heads.SegFormerHead, features: list[Tensor]) -> tuple[Tenso
     return fused, self.linear_pred(self.dropout(fused))
 
 
+def _norm_relu(self: heads.SplitBatchNorm2d, x: Tensor, mixer: Tensor | None) -> Tensor:
+    """What comes out is kept too."""
+    out = F.relu(self(x), inplace=True)
+    return out if mixer is None else F.conv2d(out, mixer)
+
+
 FOREACH = "foreach average, fused AdamW"
 ONE_BACKWARD = "distance in the source's backward"
 ATTENTION = "attention without maps"
@@ -78,6 +84,7 @@ LEVERS = (FOREACH, ONE_BACKWARD, ATTENTION, DEPTHWISE, DEPTH)
 """What can be put right in the loop one after another, before the step as a whole is another one."""
 
 _PARTS: dict[str, tuple[tuple[object, str, object], ...]] = {
+    "the step as a whole": ((heads.SplitBatchNorm2d, "followed_by_relu", _norm_relu),),
     ATTENTION: ((F, "scaled_dot_product_attention", _attention),),
     DEPTHWISE: (
         (mit, "dwconv_gelu", _dwconv_gelu),

@@ -11,8 +11,9 @@ from bench.draws import CounterDraws, HostDraws
 from ssr_fast.data.torch_loader import Batch
 from ssr_fast.engine.graphs import WARM_UP, on_cuda
 from ssr_fast.engine.optim import OptimConfig
-from ssr_fast.engine.precision import apply_precision
 from ssr_fast.engine.step import TrainStep
+from ssr_fast.engine.trainer import RunConfig
+from ssr_fast.engine.wrapping import wrap
 from ssr_fast.methods.self_training import SelfTraining
 
 Step = Callable[[Batch, int], Mapping[str, float | Tensor]]
@@ -58,11 +59,11 @@ def ours(
     report: Report,
     precision: str = "fp32",
     recompute: bool = False,
+    compiled: bool = False,
     graph: bool = False,
 ) -> Step:
     """TrainStep."""
-    method.student.backbone.recompute_blocks = recompute
-    apply_precision(method, precision)
+    wrap(method, RunConfig(recompute_blocks=recompute, compile_blocks=compiled), precision)
     step = TrainStep(method, optim, steps)
     return on_cuda(step, method.key.device, report) if graph else step
 
@@ -83,12 +84,8 @@ class Variant:
 
 
 RELEASED, AUTOCAST = "released loop", "released loop, autocast"
-ONE_PASS, BFLOAT16, RECOMPUTED, GRAPH = (
-    "one pass, one backward",
-    "bf16",
-    "bf16, blocks computed again",
-    "bf16, CUDA graph",
-)
+ONE_PASS, BFLOAT16 = "one pass, one backward", "bf16"
+GRAPH, COMPILED = "bf16, CUDA graph", "bf16, compiled blocks"
 
 LOOP: dict[str, Variant] = {
     RELEASED: Variant(released_loop),
@@ -102,13 +99,17 @@ OURS: dict[str, Variant] = {
     "blocks computed again": Variant(partial(ours, recompute=True)),
     BFLOAT16: Variant(partial(ours, precision="bf16"), bfloat16=True),
     "bf16, blocks computed again": Variant(partial(ours, precision="bf16", recompute=True), bfloat16=True),
-    GRAPH: Variant(
-        partial(ours, precision="bf16", graph=True),
-        bfloat16=True,
-        reason=GPU_ONLY,
-        judged=WARM_UP + 2,  # the eager steps, and two that replay
-        said="replay a CUDA graph",
-    ),
+    COMPILED: Variant(partial(ours, precision="bf16", compiled=True), bfloat16=True, reason=GPU_ONLY),
+    **{
+        name: Variant(
+            partial(ours, precision="bf16", compiled=compiled, graph=True),
+            bfloat16=True,
+            reason=GPU_ONLY,
+            judged=WARM_UP + 2,  # the eager steps, and two that replay
+            said="replay a CUDA graph",
+        )
+        for name, compiled in ((GRAPH, False), (f"{COMPILED}, CUDA graph", True))
+    },
 }
 """Our step."""
 

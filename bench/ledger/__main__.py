@@ -18,7 +18,7 @@ from bench.ledger.counting import Counts
 from bench.ledger.recipes import RECIPES, SIZES, Size, count
 from bench.tables import console
 
-FIELDS = ("operators", "host_syncs", "backwards", "flops", "bytes_moved", "bytes_saved")
+FIELDS = ("operators", "host_syncs", "backwards", "flops", "bytes_moved", "bytes_saved", "bytes_held")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,10 +58,11 @@ def _show(size: Size, rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title=f"a step at {size}, counted", title_justify="left")
     for heading in ("recipe", "name"):
         table.add_column(heading)
-    for heading in ("operators", "host syncs", "backwards", "TFLOP", "GB moved", "GB saved"):
+    for heading in ("operators", "host syncs", "backwards", "TFLOP", "GB moved", "GB saved", "at once"):
         table.add_column(heading, justify="right")
     for one in rows:
-        large = (f"{one['flops'] / 1e12:.2f}", f"{one['bytes_moved'] / 1e9:.0f}", f"{one['bytes_saved'] / 1e9:.2f}")
+        kept = (f"{one['bytes_saved'] / 1e9:.2f}", f"{one['bytes_held'] / 1e9:.2f}")
+        large = (f"{one['flops'] / 1e12:.2f}", f"{one['bytes_moved'] / 1e9:.0f}", *kept)
         small = (f"{one['operators']:,}", str(one["host_syncs"]), str(one["backwards"]))
         table.add_row(one["recipe"], one["name"], *small, *large)
     console().print(table)

@@ -46,7 +46,8 @@ class Counts:
         flops: of products and convolutions, two for a multiplication with its addition; those inside align and contrast
             are left out.
         bytes_moved: every operand and every result of every operator once.
-        bytes_saved: the most that is held for a backward pass at its beginning, parameters left out.
+        bytes_saved: everything that is kept for a backward pass in the step, each storage once, parameters left out.
+        bytes_held: the most of it at one time.
         names: how often each operator was dispatched.
     """
 
@@ -56,6 +57,7 @@ class Counts:
     flops: int = 0
     bytes_moved: int = 0
     bytes_saved: int = 0
+    bytes_held: int = 0
     names: Counter[str] = field(default_factory=Counter)
 
 
@@ -91,12 +93,13 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """What is kept for backward passes inside is counted by `backward`."""
+        """What is kept inside for backward passes is counted, and the most at once by `backward`."""
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._parameters:
+            if storage._cdata not in self._parameters and storage._cdata not in self._held:
                 self._held[storage._cdata] = storage
+                self.counts.bytes_saved += storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -106,7 +109,7 @@ class Ledger(TorchDispatchMode):
         """One backward pass, after which what it needed is free unless the graph is retained."""
         self.counts.backwards += 1
         held = sum(storage.nbytes() for storage in self._held.values())
-        self.counts.bytes_saved = max(self.counts.bytes_saved, held)
+        self.counts.bytes_held = max(self.counts.bytes_held, held)
         if not retain_graph:
             self._held.clear()
         loss.backward(retain_graph=retain_graph)
