@@ -20,16 +20,18 @@ Left out of the weights: biases that the network cancels, whose gradient is roun
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 
 from bench import variants
-from bench.variants import LOOP, ONE_PASS, OURS, RELEASED, VARIANTS
+from bench.variants import LOOP, ONE_PASS, OURS, RELEASED, VARIANTS, Variant
 from bench.workload import STEPS, demo_workload
 from ssr_fast.engine.step import TrainStep
 from ssr_fast.methods.method import Method
 from ssr_fast.presets import demo
+from tests.engine.test_graphs import graphed
 
 LOSS_BOUND, WEIGHT_BOUND = 1e-5, 1e-4
 SOURCE_ONLY = 75
@@ -138,6 +140,34 @@ def test_every_lever_keeps_the_curve(workload, steps):
     if steps > 4:
         itself = curve(workload, LOOP[RELEASED], steps, moved, expected.logits)
         assert_same("one unit in the last place", itself, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiled_blocks_keep_the_curve(workload):
+    expected = curve(workload, OURS[ONE_PASS], 50)
+    torch._dynamo.reset()
+    compiled = Variant(partial(variants.ours, compiled=True))
+    assert_same("compiled blocks", curve(workload, compiled, 50, taught=expected.logits), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_replays_have_the_very_curve(workload, monkeypatch):
+    """What a CUDA graph does, played on a CPU (tests/engine/recorder.py); here nothing may differ at all."""
+    monkeypatch.setenv("SSR_FAST_KERNELS", "reference")
+    curves, lines = [], []
+    for replayed in (True, False):
+        step = TrainStep(workload.method(CPU), workload.optim, STEPS)
+        call = graphed(step, lines.append) if replayed else step
+        losses = []
+        for number in range(50):
+            terms = call(workload.batches[number % len(workload.batches)], number)
+            losses.append({name: float(value) for name, value in terms.items()})
+        curves.append((losses, [tensor.clone() for tensor in step.method.state_dict().values()]))
+    assert len(lines) == 1 and curves[0][0] == curves[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(curves[0][1], curves[1][1], strict=True))
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
