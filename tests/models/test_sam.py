@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssr_fast.errors import UserError
 from ssr_fast.models.sam import SHAPES, SamConfig, SamShape, build_sam, build_vit
-from ssr_fast.models.sam_attention import LowRankAttention, use_low_rank_attention
+from ssr_fast.models.sam_attention import SamBlock, use_low_rank_attention
 
 
 def random_encoder(shape: SamShape, seed: int = 0) -> nn.Module:
@@ -58,7 +58,7 @@ def test_equal_to_segment_anything(case: str) -> None:
         use_low_rank_attention(encoder)
         found = encoder(images)
     assert list(encoder.state_dict()) == names
-    assert all(isinstance(block.attn, LowRankAttention) for block in encoder.blocks)  # type: ignore[union-attr]
+    assert all(isinstance(block, SamBlock) for block in encoder.blocks)  # type: ignore[union-attr]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
