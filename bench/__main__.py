@@ -2,7 +2,8 @@
 
 On a GPU if there is one, else the small cases on the CPU. Exit code 0: everything that can run here ran and is right;
 1: a provider raised or returned a wrong result; 2: a mistake on the command line. `python -m bench ledger` times
-nothing and counts what a training step asks of the device (--help says more).
+nothing and counts what a training step asks of the device, `python -m bench sam` compares encoders of SAM (--help of
+each says more).
 """
 
 import argparse
@@ -34,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .ledger.__main__ import main as ledger
 
         return ledger(words[1:])
+    if words[:1] == ["sam"]:
+        from .sam import main as sam
+
+        return sam(words[1:])
     options = parse(words)
     if options.list:
         for bench in BENCHES:

@@ -231,6 +231,7 @@ STEPS = (
     Step("sanitizer", "sanitizer, memcheck", _sanitize("memcheck"), _against_sanitizer, UNPOOLED),
     Step("sanitizer", "sanitizer, racecheck", _sanitize("racecheck"), _against_sanitizer),
     Step("bench", "benchmarks", lambda: [sys.executable, "-m", "bench", "--json"], _against_bench),
+    Step("bench", "SAM's encoders", lambda: [sys.executable, "-m", "bench", "sam", "--json"], _against_bench),
 )
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Session:
         check_fused(config.optim.fused, self.device)
         check_attention(config.run.attention, config.model.backbone, self.precision, self.device)
         if "ssr" in config.stages():
-            check_sam_attention(config.sam, self.precision, self.device)
+            check_sam_attention(config.sam, self.precision, self.device, config.run.compile_blocks)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.resolved = plain(dataclasses.asdict(config))

@@ -54,11 +54,12 @@ def check_attention(name: str, backbone: str, precision: str, device: torch.devi
         _require(xformers_problem(head_shapes(backbone), computed_dtype(precision), device))
 
 
-def check_sam_attention(sam: SamConfig, precision: str, device: torch.device) -> None:
+def check_sam_attention(sam: SamConfig, precision: str, device: torch.device, compiled: bool) -> None:
     """Whether this machine can run the form of attention that --sam.attention names; low_rank and mask run anywhere.
 
     Args:
         precision: as pick_precision gives it.
+        compiled: --run.compile_blocks.
 
     Raises:
         UserError: it cannot, with the reasons; flex is compiled to find out, which takes seconds.
@@ -68,15 +69,21 @@ def check_sam_attention(sam: SamConfig, precision: str, device: torch.device) ->
     shape, dtype = SHAPES["small" if sam.encoder == "untrained" else sam.encoder], computed_dtype(precision)
     heads, size = shape.heads, shape.width // shape.heads
     if sam.attention == "xformers":
-        problem = xformers_problem([(heads, size)], dtype, device, _try_out_biased)
+        problem = xformers_problem([(heads, size)], dtype, device, try_out_biased)
     else:
-        problem = flex_problem(heads, size, dtype, device)
+        problem = flex_problem(heads, size, dtype, device, compiled)
     if problem is not None:
         raise UserError(f"--sam.attention {sam.attention} cannot be used: {problem}: give --sam.attention low_rank")
 
 
-def flex_problem(heads: int, size: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why FlexAttention cannot be generated for such heads here, or None: tried out."""
+def flex_problem(heads: int, size: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> str | None:
+    """Why FlexAttention cannot be generated for such heads here, or None: tried out.
+
+    Args:
+        compiled: as part of a compiled block.
+    """
+    if compiled and device.type == "cpu":  # of PyTorch 2.11: "... should be in kernel_group.args.input_buffers"
+        return "PyTorch's code generator for the CPU cannot place FlexAttention in a compiled block"
     try:
         _try_out_form("flex", heads, size, dtype, device)
     except Exception as error:  # torch.compile hands on whatever a compiler, or the lack of one, raises
@@ -150,7 +157,7 @@ def _try_out(attend: Any, heads: int, size: int, dtype: torch.dtype, device: tor
     attend(q.detach(), *kv.detach().unbind(2))
 
 
-def _try_out_biased(attend: Any, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+def try_out_biased(attend: Any, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
     """The call that a block of SAM makes."""
     _try_out_form("xformers", heads, size, dtype, device)
 

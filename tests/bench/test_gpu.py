@@ -51,7 +51,7 @@ def test_the_steps_find_their_tools(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "no_gpu", list)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    tests, memcheck, racecheck, benchmarks = gpu.STEPS[1:]
+    tests, memcheck, racecheck, benchmarks, _ = gpu.STEPS[1:]
     if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
         assert "compute-sanitizer" in memcheck.reasons()[0]
     (tmp_path / "bin").mkdir()

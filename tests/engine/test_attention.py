@@ -219,10 +219,10 @@ def test_an_import_that_fails_is_a_reason(monkeypatch):
 
 def test_forms_of_the_encoders_attention_that_cannot_run_here(monkeypatch, tmp_path):
     for form in ("low_rank", "mask"):
-        check_sam_attention(SamConfig(encoder="small", attention=form), "fp32", CPU)
+        check_sam_attention(SamConfig(encoder="small", attention=form), "fp32", CPU, True)
     install(monkeypatch, refused, _cpp_library_load_exception=None)
     with pytest.raises(UserError) as refusal:
-        check_sam_attention(SamConfig(encoder="vit_h", attention="xformers"), "bf16", CPU)
+        check_sam_attention(SamConfig(encoder="vit_h", attention="xformers"), "bf16", CPU, False)
     assert str(refusal.value) == (
         "--sam.attention xformers cannot be used: xformers has no operator for bfloat16 heads of 80 on cpu: "
         f"{REASONS}: give --sam.attention low_rank"
@@ -237,16 +237,18 @@ def test_forms_of_the_encoders_attention_that_cannot_run_here(monkeypatch, tmp_p
 
     monkeypatch.setattr(attention, "pick_form", lambda name: no_compiler)
     with pytest.raises(UserError) as refusal:
-        check_sam_attention(SamConfig(encoder="small", attention="flex"), "fp32", CPU)
+        check_sam_attention(SamConfig(encoder="small", attention="flex"), "fp32", CPU, False)
     assert str(refusal.value) == (
         "--sam.attention flex cannot be used: FlexAttention cannot be compiled for float32 heads of 32 on cpu "
         "(No working C++ compiler found): give --sam.attention low_rank"
     )
+    with pytest.raises(UserError, match="for the CPU cannot place FlexAttention in a compiled block: give"):
+        check_sam_attention(SamConfig(encoder="small", attention="flex"), "fp32", CPU, True)
 
 
 @pytest.mark.slow
 def test_flex_is_compiled_to_find_out():
-    check_sam_attention(SamConfig(encoder="small", attention="flex"), "fp32", CPU)
+    check_sam_attention(SamConfig(encoder="small", attention="flex"), "fp32", CPU, False)
 
 
 def test_a_name_that_is_none_and_the_heads_of_the_backbones():

@@ -25,7 +25,7 @@ SHAPES_1024 = {
 def form(request: pytest.FixtureRequest) -> str:
     """Each form that runs here."""
     try:
-        check_sam_attention(SamConfig(encoder="vit_b", checkpoint="x", attention=request.param), "bf16", GPU)
+        check_sam_attention(SamConfig(encoder="vit_b", checkpoint="x", attention=request.param), "bf16", GPU, False)
     except UserError as problem:
         pytest.skip(str(problem))
     return str(request.param)
