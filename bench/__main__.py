@@ -2,12 +2,13 @@
 
 On a GPU if there is one, else the small cases on the CPU. Exit code 0: everything that can run here ran and is right;
 1: a provider raised or returned a wrong result; 2: a mistake on the command line. `python -m bench ledger` times
-nothing and counts what a training step asks of the device, `python -m bench step` times whole training steps (--help
-of each says more).
+nothing and counts what a training step asks of the device, `python -m bench step` times whole training steps,
+`python -m bench sam` compares encoders of SAM (--help of each says more).
 """
 
 import argparse
 import difflib
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,29 +28,25 @@ BENCHES: tuple[Bench, ...] = (
     segloss.BENCH,
 )
 COMMANDS = {
-    "ledger": "a training step counted at full size: operators, syncs, bytes (python -m bench ledger --help)",
-    "step": "a training step timed, the released loop's and ours, lever by lever (python -m bench step --help)",
+    "ledger": ("bench.ledger.__main__", "a training step counted at full size: operators, syncs, bytes"),
+    "step": ("bench.step", "a training step timed, the released loop's and ours, lever by lever"),
+    "sam": ("bench.sam", "encoders of SAM: segment-anything's, compiled, transformers', ours in each form"),
 }
-"""What has a command line of its own."""
+"""What has a command line of its own (python -m bench NAME --help): its module, and about what it is."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["ledger"]:
-        from .ledger.__main__ import main as ledger
-
-        return ledger(words[1:])
-    if words[:1] == ["step"]:
-        from .step import main as step
-
-        return step(words[1:])
+    if words and words[0] in COMMANDS:
+        command: Callable[[Sequence[str]], int] = importlib.import_module(COMMANDS[words[0]][0]).main
+        return command(words[1:])
     options = parse(words)
     if options.list:
         for bench in BENCHES:
             print(f"{bench.name:24} {bench.about}")
-        for name, about in COMMANDS.items():
-            print(f"{name:24} {about}")
+        for name, (_, about) in COMMANDS.items():
+            print(f"{name:24} {about} (python -m bench {name} --help)")
         return 0
     known = {bench.name: bench for bench in BENCHES}
     if problem := _problem(options, list(known)):

@@ -236,6 +236,7 @@ STEPS = (
     Step("sanitizer", "sanitizer, racecheck", _sanitize("racecheck"), _against_sanitizer),
     Step("bench", "benchmarks", lambda: [sys.executable, "-m", "bench", "--json"], _against_bench),
     Step("bench", "training step", lambda: [sys.executable, "-m", "bench", "step", "--json"], _against_step),
+    Step("bench", "SAM's encoders", lambda: [sys.executable, "-m", "bench", "sam", "--json"], _against_bench),
 )
 
 if __name__ == "__main__":

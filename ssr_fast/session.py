@@ -19,7 +19,7 @@ from ssr_fast.data.labels import ClassSet
 from ssr_fast.domains import load, open_domains
 from ssr_fast.engine import fork_server
 from ssr_fast.engine.apex import check_fused
-from ssr_fast.engine.attention import check_attention
+from ssr_fast.engine.attention import check_attention, check_sam_attention
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
@@ -67,6 +67,8 @@ class Session:
         self.precision = pick_precision(config.run.precision, self.device)
         check_fused(config.optim.fused, self.device)
         check_attention(config.run.attention, config.model.backbone, self.precision, self.device)
+        if "ssr" in config.stages():
+            check_sam_attention(config.sam, self.precision, self.device, config.run.compile_blocks)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.resolved = plain(dataclasses.asdict(config))

@@ -1,4 +1,6 @@
-"""The attention of the MiTs that a step runs: PyTorch's, or xformers' by choice, found at run time.
+"""The attention of the nets that a step runs, by choice: what this machine can run is found out before training.
+
+The MiTs have PyTorch's or xformers', the frozen SAM one of the forms in models/sam_forms.py.
 
 Why one would choose xformers: it takes tokens as [B, N, heads, size], so nothing is transposed, and it chooses a kernel
 by itself. Version 0.0.35 tries FlashAttention-3 first (a GPU of compute capability 8.0 to 9.0 such as an H100, half
@@ -18,7 +20,7 @@ CUDA graph demands.
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,8 +30,13 @@ from ssr_fast.engine.precision import computed_dtype
 from ssr_fast.errors import UserError
 from ssr_fast.methods.method import Method
 from ssr_fast.models.mit import MIT, Attention
+from ssr_fast.models.sam import SHAPES, SamConfig
+from ssr_fast.models.sam_forms import make_layout, pick_form
 
 ATTENTIONS = ("sdpa", "xformers")
+
+Trial = Callable[[Any, int, int, torch.dtype, torch.device], None]
+"""(xformers' attention, heads, size, dtype, device): makes the calls to be judged."""
 
 
 def check_attention(name: str, backbone: str, precision: str, device: torch.device) -> None:
@@ -45,6 +52,44 @@ def check_attention(name: str, backbone: str, precision: str, device: torch.devi
     """
     if name == "xformers":
         _require(xformers_problem(head_shapes(backbone), computed_dtype(precision), device))
+
+
+def check_sam_attention(sam: SamConfig, precision: str, device: torch.device, compiled: bool) -> None:
+    """Whether this machine can run the form of attention that --sam.attention names; low_rank and mask run anywhere.
+
+    Args:
+        precision: as pick_precision gives it.
+        compiled: --run.compile_blocks.
+
+    Raises:
+        UserError: it cannot, with the reasons; flex is compiled to find out, which takes seconds.
+    """
+    if sam.attention in ("low_rank", "mask"):
+        return
+    shape, dtype = SHAPES["small" if sam.encoder == "untrained" else sam.encoder], computed_dtype(precision)
+    heads, size = shape.heads, shape.width // shape.heads
+    if sam.attention == "xformers":
+        problem = xformers_problem([(heads, size)], dtype, device, try_out_biased)
+    else:
+        problem = flex_problem(heads, size, dtype, device, compiled)
+    if problem is not None:
+        raise UserError(f"--sam.attention {sam.attention} cannot be used: {problem}: give --sam.attention low_rank")
+
+
+def flex_problem(heads: int, size: int, dtype: torch.dtype, device: torch.device, compiled: bool) -> str | None:
+    """Why FlexAttention cannot be generated for such heads here, or None: tried out.
+
+    Args:
+        compiled: as part of a compiled block.
+    """
+    if compiled and device.type == "cpu":  # of PyTorch 2.11: "... should be in kernel_group.args.input_buffers"
+        return "PyTorch's code generator for the CPU cannot place FlexAttention in a compiled block"
+    try:
+        _try_out_form("flex", heads, size, dtype, device)
+    except Exception as error:  # torch.compile hands on whatever a compiler, or the lack of one, raises
+        kind = str(dtype).removeprefix("torch.")
+        return f"FlexAttention cannot be compiled for {kind} heads of {size} on {device} ({_first_line(str(error))})"
+    return None
 
 
 def apply_attention(method: Method, name: str) -> None:
@@ -71,12 +116,15 @@ def head_shapes(backbone: str) -> list[tuple[int, int]]:
     return [(heads, dim // heads) for dim, heads in zip(shape.dims, shape.heads, strict=True)]
 
 
-def xformers_problem(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why xformers cannot be this backbone's attention, or None: tried out, forward and backward.
+def xformers_problem(
+    shapes: Iterable[tuple[int, int]], dtype: torch.dtype, device: torch.device, trial: Trial | None = None
+) -> str | None:
+    """Why xformers cannot be the attention of such heads, or None: tried out.
 
     Args:
         shapes: as of head_shapes.
         dtype, device: of the activations.
+        trial: makes the calls; unset: those of a MiT's block, forward and backward.
     """
     if importlib.util.find_spec("xformers") is None:
         here = "" if device.type == "cuda" else ", and it has no operator for a CPU"
@@ -87,7 +135,7 @@ def xformers_problem(shapes: Iterable[tuple[int, int]], dtype: torch.dtype, devi
         return f"xformers cannot be imported ({type(error).__name__}: {_one_line(str(error))})"
     for heads, size in shapes:
         try:
-            _try_out(attend, heads, size, dtype, device)
+            (trial or _try_out)(attend, heads, size, dtype, device)
         except (NotImplementedError, RuntimeError, ValueError) as error:
             kind = str(dtype).removeprefix("torch.")
             reasons = _operators(str(error)) or _one_line(str(error))
@@ -107,6 +155,20 @@ def _try_out(attend: Any, heads: int, size: int, dtype: torch.dtype, device: tor
     out: Tensor = attend(q, *kv.unbind(2))
     out.sum().backward()
     attend(q.detach(), *kv.detach().unbind(2))
+
+
+def try_out_biased(attend: Any, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """The call that a block of SAM makes."""
+    _try_out_form("xformers", heads, size, dtype, device)
+
+
+@torch.no_grad()
+def _try_out_form(form: str, heads: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A form of SAM's attention on one window."""
+    layout = make_layout(14, 14, 14, size, dtype, device)
+    query = torch.zeros(1, 196, heads, size + layout.one_hot.shape[1], dtype=dtype, device=device)
+    k, v = torch.zeros(1, 196, 2, heads, size, dtype=dtype, device=device).unbind(2)
+    pick_form(form)(query, k, v, layout)
 
 
 def _operators(message: str) -> str:
@@ -131,6 +193,11 @@ def _built_for() -> str:
         return ""
     wheels = f"https://download.pytorch.org/whl/cu{(torch.version.cuda or '').replace('.', '')}"
     return f"{_one_line(str(error).partition('Please reinstall')[0])} (its wheels for this PyTorch: {wheels}); "
+
+
+def _first_line(text: str) -> str:
+    """The first line that says something."""
+    return next((_one_line(line) for line in text.splitlines() if line.strip()), "no message")
 
 
 def _one_line(text: str) -> str:

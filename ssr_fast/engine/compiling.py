@@ -13,15 +13,18 @@ from ssr_fast.errors import UserError
 from ssr_fast.methods.method import Method
 from ssr_fast.models.heads import HEADS
 from ssr_fast.models.mit import Block
+from ssr_fast.models.sam_attention import SamBlock
 
 KINDS = 64
-"""Most variants of a block's code: stages x (student, teacher, frozen), at each size of a batch."""
+"""Most variants of a block's code: stages x (student, teacher, frozen), at each size of a batch; SAM has two kinds."""
 
 RunStep = Callable[[Batch, int], dict[str, Tensor]]
 
 
 def compile_blocks(method: Method) -> None:
     """Let every block and head of a method be compiled when it is first run; after its precision is settled.
+
+    The frozen encoder's too, if it is SAM's.
 
     Nothing falls back in silence: what cannot be compiled whole raises at that first run.
     """
@@ -35,7 +38,7 @@ def compile_blocks(method: Method) -> None:
 
 def compiled_modules(method: Method) -> Iterator[nn.Module]:
     """What `compile_blocks` compiles, of every net and working copy."""
-    return (module for module in method.modules() if isinstance(module, (Block, *HEADS.values())))
+    return (module for module in method.modules() if isinstance(module, (Block, SamBlock, *HEADS.values())))
 
 
 class CompiledStep:

@@ -10,7 +10,7 @@ import multiprocessing.forkserver
 import sys
 
 _FIRST = "ssr_fast.engine.frozen_imports"
-_IMPORTS = ("ssr_fast.engine.dcp_files", "ssr_fast.models.sam_attention", "torch.utils.tensorboard")
+_IMPORTS = ("ssr_fast.engine.dcp_files", "torch.utils.tensorboard")
 
 
 def start(module: str) -> None:

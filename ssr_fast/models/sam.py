@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssr_fast.errors import UserError
+from ssr_fast.models.sam_encoder import SamEncoder
+from ssr_fast.models.sam_forms import FORMS
 from ssr_fast.models.weights import read_tensors
 
 SMALL_WEIGHTS = Path(__file__).with_name("sam_small.safetensors")
@@ -45,6 +47,8 @@ SHAPES = {
     "vit_h": SamShape(1024, 16, 1280, 32, 16, 4.0, 256, 14, (7, 15, 23, 31)),
     "small": SamShape(192, 8, 96, 3, 3, 4.0, 64, 6, (1, 2), absolute_positions=False),
 }
+HALF_SIZE = 512
+"""The one other size of images that SAM's encoders can be asked to take."""
 KNOWN_FILES = {
     "sam_vit_b_01ec64.pth": "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
     "sam_vit_l_0b3195.pth": "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
@@ -64,7 +68,10 @@ class SamConfig:
     """Weights of vit_b, vit_l or vit_h: the file that segment-anything publishes."""
     input_size: int | None = None
     """Side of the square that images are resized to before an encoder of your own; unset: images go in as they are.
-    SAM's encoders take 1024 x 1024, the small one takes images of any size."""
+    SAM's encoders take 1024 x 1024; 512 makes vit_b, vit_l and vit_h take 512 x 512, with interpolated positions: other
+    features, 32 x 32 of them, at about a quarter of the work. The small one takes images of any size."""
+    attention: str = "low_rank"
+    """How the encoder's attention is computed (models/sam_forms.py): low_rank, flex, mask or xformers."""
     standardise: bool = False
     """Give each feature channel zero mean and unit variance over the batch before the alignment."""
     features: str = "online"
@@ -87,16 +94,29 @@ class SamConfig:
             found.append(f"--{where}.checkpoint has no effect with --{where}.encoder {self.encoder}: leave one out")
         if self.features not in ("online", "cached_views"):
             found.append(f"--{where}.features must be online or cached_views (it is {self.features})")
-        if self.input_size is not None and self.input_size < 32:
-            found.append(f"--{where}.input_size must be at least 32 (it is {self.input_size})")
-        if self.input_size is not None and ":" not in self.encoder:
-            found.append(f"--{where}.input_size has no effect with --{where}.encoder {self.encoder}: leave it out")
-        return found
+        return found + self._size_problems(where) + self._attention_problems(where)
+
+    def _size_problems(self, where: str) -> list[str]:
+        if self.input_size is None:
+            return []
+        if self.encoder.startswith("vit_"):
+            wrong = f"--{where}.input_size must be 512 or unset, which is 1024, with --{where}.encoder {self.encoder}"
+            return [] if self.input_size == HALF_SIZE else [f"{wrong} (it is {self.input_size})"]
+        if ":" not in self.encoder:
+            return [f"--{where}.input_size has no effect with --{where}.encoder {self.encoder}: leave it out"]
+        return [] if self.input_size >= 32 else [f"--{where}.input_size must be at least 32 (it is {self.input_size})"]
+
+    def _attention_problems(self, where: str) -> list[str]:
+        if self.attention not in FORMS:
+            return [f"--{where}.attention must be one of {', '.join(FORMS)} (it is {self.attention})"]
+        if self.attention != "low_rank" and ":" in self.encoder:
+            return [f"--{where}.attention has no effect with --{where}.encoder {self.encoder}: leave it out"]
+        return []
 
 
 def build_vit(shape: SamShape) -> nn.Module:
-    """segment_anything's own image encoder of the given shape, with random weights."""
-    # it imports torchvision, which takes seconds and which only a run with SAM needs
+    """segment_anything's own image encoder of the given shape, with random weights: what ours is measured against."""
+    # it imports torchvision, which takes seconds
     from segment_anything.modeling import ImageEncoderViT
 
     return ImageEncoderViT(
@@ -186,14 +206,14 @@ def build_sam(config: SamConfig) -> FrozenEncoder:
     shape = SHAPES["small" if config.encoder == "untrained" else config.encoder]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder = build_vit(shape)
+        encoder = SamEncoder(shape, config.attention)
     if config.encoder != "untrained":
         path = SMALL_WEIGHTS if config.encoder == "small" else Path(config.checkpoint)
         _load(encoder, path, config.encoder)
-    from ssr_fast.models.sam_attention import use_low_rank_attention
-
-    use_low_rank_attention(encoder)
-    return FrozenEncoder(encoder, shape.size if shape.absolute_positions else None, config.standardise)
+    if config.input_size is not None:
+        encoder.resize(config.input_size)
+    size = config.input_size or shape.size
+    return FrozenEncoder(encoder, size if shape.absolute_positions else None, config.standardise)
 
 
 def _custom(name: str) -> nn.Module:

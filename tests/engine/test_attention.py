@@ -13,13 +13,21 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from ssr_fast.engine.attention import apply_attention, check_attention, head_shapes, xformers_problem
+from ssr_fast.engine import attention
+from ssr_fast.engine.attention import (
+    apply_attention,
+    check_attention,
+    check_sam_attention,
+    head_shapes,
+    xformers_problem,
+)
 from ssr_fast.engine.precision import apply_precision
 from ssr_fast.engine.trainer import RunConfig
 from ssr_fast.errors import UserError
 from ssr_fast.methods.ssr import SsrConfig
 from ssr_fast.models.mit import MIT, Attention, MixTransformer
 from ssr_fast.models.noise import Noise
+from ssr_fast.models.sam import SamConfig
 from ssr_fast.train import main
 from tests.faults.test_source_free_run import SCENES, SIZES
 from tests.methods.support import make_batch, make_method, make_source_free
@@ -207,6 +215,40 @@ def test_an_import_that_fails_is_a_reason(monkeypatch):
     install(monkeypatch, None)
     monkeypatch.setitem(sys.modules, "xformers.ops", None)
     assert xformers_problem([(1, 64)], torch.float32, CPU).startswith("xformers cannot be imported (ModuleNotFoundErr")
+
+
+def test_forms_of_the_encoders_attention_that_cannot_run_here(monkeypatch, tmp_path):
+    for form in ("low_rank", "mask"):
+        check_sam_attention(SamConfig(encoder="small", attention=form), "fp32", CPU, True)
+    install(monkeypatch, refused, _cpp_library_load_exception=None)
+    with pytest.raises(UserError) as refusal:
+        check_sam_attention(SamConfig(encoder="vit_h", attention="xformers"), "bf16", CPU, False)
+    assert str(refusal.value) == (
+        "--sam.attention xformers cannot be used: xformers has no operator for bfloat16 heads of 80 on cpu: "
+        f"{REASONS}: give --sam.attention low_rank"
+    )
+    with pytest.raises(UserError, match="float32 heads of 32 on cpu"):
+        options = ["--method.name=ssr", "--sam.encoder=small", "--sam.attention=xformers", "--run.device=cpu"]
+        main([*options, *SIZES, *SCENES, "--run.dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+    def no_compiler(*_):
+        raise RuntimeError("\nNo working C++ compiler found\nTraceback")
+
+    monkeypatch.setattr(attention, "pick_form", lambda name: no_compiler)
+    with pytest.raises(UserError) as refusal:
+        check_sam_attention(SamConfig(encoder="small", attention="flex"), "fp32", CPU, False)
+    assert str(refusal.value) == (
+        "--sam.attention flex cannot be used: FlexAttention cannot be compiled for float32 heads of 32 on cpu "
+        "(No working C++ compiler found): give --sam.attention low_rank"
+    )
+    with pytest.raises(UserError, match="for the CPU cannot place FlexAttention in a compiled block: give"):
+        check_sam_attention(SamConfig(encoder="small", attention="flex"), "fp32", CPU, True)
+
+
+@pytest.mark.slow
+def test_flex_is_compiled_to_find_out():
+    check_sam_attention(SamConfig(encoder="small", attention="flex"), "fp32", CPU, False)
 
 
 def test_a_name_that_is_none_and_the_heads_of_the_backbones():

@@ -1,5 +1,6 @@
 """Compiled blocks: whole graphs, few variants, the same numbers, eager evaluation, clear errors."""
 
+import copy
 import itertools
 
 import pytest
@@ -12,6 +13,7 @@ from ssr_fast.engine.step import TrainStep
 from ssr_fast.engine.trainer import RunConfig
 from ssr_fast.errors import UserError
 from ssr_fast.eval.run import evaluating
+from ssr_fast.models.sam import SamConfig, build_sam
 from ssr_fast.models.segmentor import ModelConfig
 from tests.methods.support import make_batch, make_method
 
@@ -54,6 +56,22 @@ def test_a_block_of_either_backward_form(fast):
     for number in range(2):
         expected, actual = (step(make_batch(seed=number), number) for step in (eager, compiled))
         assert abs(float(actual["loss"]) - float(expected["loss"])) < 1e-5 * float(expected["loss"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_frozen_encoders_blocks_too(precision, fast):
+    """Two kinds, in windows and not, whatever their number; the same numbers as eager blocks."""
+    encoder = build_sam(SamConfig(encoder="untrained"))
+    images, results = torch.randn(2, 3, 72, 72), []
+    for compiled in (False, True):
+        method = make_method("ssr")
+        method.encoder = copy.deepcopy(encoder)
+        wrapping.wrap(method, RunConfig(compile_blocks=compiled), precision)
+        torch._dynamo.utils.counters.clear()
+        results.append(method.encoder(images))
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert results[0].dtype == method.dtype and torch.equal(*results)
 
 
 def test_evaluation_is_eager_at_any_size(fast):

@@ -4,18 +4,11 @@ import pytest
 import torch
 
 from ssr_fast.engine import graphs
-from tests.engine.test_graphs import METHODS, OPTIM, STEPS, apply_precision, check_equal, everything, run
-from tests.engine.test_graphs import TrainStep as Step
+from tests.engine.graph_support import METHODS, STEPS, check_equal, everything, make_step, run
 from tests.methods.support import make_batch
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
-
-
-def make_step(name, precision):
-    method = METHODS[name]().to(GPU)
-    apply_precision(method, precision)
-    return Step(method, OPTIM, STEPS)
 
 
 def on_gpu(call):
@@ -26,7 +19,7 @@ def on_gpu(call):
 @pytest.mark.parametrize("name", METHODS)
 def test_replayed_steps_equal_eager_ones_bit_for_bit(name, precision):
     lines = []
-    one, other = make_step(name, precision), make_step(name, precision)
+    one, other = make_step(name, precision, device=GPU), make_step(name, precision, device=GPU)
     terms = run(one, on_gpu(graphs.on_cuda(one, GPU, lines.append)))
     check_equal(one, other, terms, run(other, on_gpu(other)))
     assert len(lines) == (1 if name == "supervised" else 2) and all("replay" in line for line in lines), lines
@@ -34,7 +27,7 @@ def test_replayed_steps_equal_eager_ones_bit_for_bit(name, precision):
 
 @pytest.mark.parametrize("name", ["cosine", "source_free"])
 def test_a_replay_never_waits_for_the_device(name):
-    step = make_step(name, "bf16")
+    step = make_step(name, "bf16", device=GPU)
     call = graphs.on_cuda(step, GPU, print)
     batches = [make_batch(seed=number).to(GPU) for number in range(STEPS)]
     for number in range(STEPS - 2):
@@ -49,7 +42,7 @@ def test_a_replay_never_waits_for_the_device(name):
 
 
 def test_an_evaluation_between_replays_changes_nothing():
-    one, other = make_step("self_training", "bf16"), make_step("self_training", "bf16")
+    one, other = make_step("self_training", "bf16", device=GPU), make_step("self_training", "bf16", device=GPU)
     call = graphs.on_cuda(one, GPU)
 
     def interrupted(batch, number):
@@ -64,7 +57,7 @@ def test_an_evaluation_between_replays_changes_nothing():
 
 def test_what_cannot_be_captured_is_said_and_trained_eagerly(monkeypatch):
     lines = []
-    step = make_step("supervised", "fp32")
+    step = make_step("supervised", "fp32", device=GPU)
     compute = step.method.compute
 
     def reads(batch, begun):

@@ -1,4 +1,4 @@
-"""The frozen encoder: segment-anything's numbers without attention maps, its files, and what is refused."""
+"""The frozen encoder: its options, its files, and what is refused."""
 
 from pathlib import Path
 
@@ -6,93 +6,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssr_fast.errors import UserError
 from ssr_fast.models.sam import SHAPES, SamConfig, SamShape, build_sam, build_vit
-from ssr_fast.models.sam_attention import LowRankAttention, use_low_rank_attention
+from ssr_fast.models.sam_attention import SamBlock, use_low_rank_attention
+from tests.models.sam_nets import SMALL, STRUCTURE, random_encoder
 
 
-def random_encoder(shape: SamShape, seed: int = 0) -> nn.Module:
-    """segment-anything's encoder with random relative positions too, which it initialises with zeros."""
-    torch.manual_seed(seed)
-    encoder = build_vit(shape).eval()
-    for name, parameter in encoder.named_parameters():
-        if "rel_pos" in name:
-            nn.init.normal_(parameter, std=0.5)
-    return encoder
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that an operator returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(value, torch.Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
-
-
-SMALL = SHAPES["small"]
-CASES = {
-    "trained size": (SMALL, (192, 192)),
-    "not square, interpolated tables": (SMALL, (96, 192)),
-    "windows with padding": (SMALL, (104, 72)),
-    "smaller than a window": (SMALL, (16, 24)),
-    "one token": (SMALL, (8, 8)),
-    "SAM's structure": (SamShape(128, 16, 32, 4, 4, 4.0, 16, 3, (1, 3)), (128, 128)),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_equal_to_segment_anything(case: str) -> None:
-    shape, size = CASES[case]
-    encoder = random_encoder(shape).double()
-    images = torch.randn(2, 3, *size, dtype=torch.float64)
-    with torch.no_grad():
-        expected = encoder(images)
-        names = list(encoder.state_dict())
-        use_low_rank_attention(encoder)
-        found = encoder(images)
-    assert list(encoder.state_dict()) == names
-    assert all(isinstance(block.attn, LowRankAttention) for block in encoder.blocks)  # type: ignore[union-attr]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-
-
-def test_fp32_error() -> None:
-    encoder = random_encoder(SMALL)
-    images = torch.randn(2, 3, 96, 192)
-    with torch.no_grad():
-        expected = encoder(images)
-        use_low_rank_attention(encoder)
-        found = encoder(images)
-    assert (found - expected).norm() / expected.norm() < 1e-5
-
-
-def test_gradients() -> None:
-    encoder = random_encoder(SMALL).double()
-    images = torch.randn(2, 3, 64, 80, dtype=torch.float64)
+def test_segment_anythings_own_encoder_with_our_blocks() -> None:
+    encoder = random_encoder(STRUCTURE).double()
+    images, names = torch.randn(2, 3, 128, 128, dtype=torch.float64), list(encoder.state_dict())
     expected = encoder(images)
-    cotangent = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, list(encoder.parameters()), cotangent)
     use_low_rank_attention(encoder)
-    gradients = torch.autograd.grad(encoder(images), list(encoder.parameters()), cotangent)
-    for name, one, two in zip(dict(encoder.named_parameters()), wanted, gradients, strict=True):
-        assert (one - two).norm() <= 1e-9 * one.norm(), name
-
-
-def test_no_attention_map_is_stored() -> None:
-    encoder = random_encoder(SMALL)
-    tokens = (192 // 8) ** 2
-    with torch.no_grad(), LargestTensor() as stock:
-        encoder(torch.randn(1, 3, 192, 192))
-    use_low_rank_attention(encoder)
-    with torch.no_grad(), LargestTensor() as ours:
-        encoder(torch.randn(1, 3, 192, 192))
-    assert stock.largest >= SMALL.heads * tokens**2 > 3 * ours.largest
+    assert list(encoder.state_dict()) == names
+    assert all(isinstance(block, SamBlock) for block in encoder.blocks)  # type: ignore[union-attr]
+    torch.testing.assert_close(encoder(images), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_the_shipped_encoder_takes_any_size_and_stays_frozen() -> None:
@@ -139,3 +67,34 @@ def test_an_encoder_of_ones_own() -> None:
         build_sam(SamConfig(encoder=f"{__name__}:nothing"))
     with pytest.raises(UserError, match="must return an nn.Module"):
         build_sam(SamConfig(encoder=f"{__name__}:not_a_module"))
+
+
+def test_the_options_name_what_is_wrong() -> None:
+    def problems(**options: object) -> list[str]:
+        return SamConfig(**options).problems("sam")  # type: ignore[arg-type]
+
+    large, own = {"encoder": "vit_b", "checkpoint": "x.pth"}, {"encoder": "a:b"}
+    assert not problems(**large) and not problems(**large, input_size=512, attention="flex")
+    (found,) = problems(**large, input_size=768)
+    assert found == ("--sam.input_size must be 512 or unset, which is 1024, with --sam.encoder vit_b (it is 768)")
+    (found,) = problems(encoder="small", input_size=512)
+    assert "--sam.input_size has no effect with --sam.encoder small" in found
+    (found,) = problems(**large, attention="flash")
+    assert found == "--sam.attention must be one of low_rank, flex, mask, xformers (it is flash)"
+    (found,) = problems(**own, attention="mask")
+    assert found == "--sam.attention has no effect with --sam.encoder a:b: leave it out"
+    assert problems(**own, input_size=16) and not problems(**own, input_size=48)
+
+
+def test_half_size_is_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SamShape(1024, 16, 32, 2, 2, 4.0, 16, 14, (1,))
+    monkeypatch.setitem(SHAPES, "vit_b", shape)
+    file = tmp_path / "own.safetensors"
+    state = {f"image_encoder.{key}": value.contiguous() for key, value in random_encoder(shape).state_dict().items()}
+    save_file(state, file)
+    images = torch.randn(1, 3, 96, 96)
+    options = {"encoder": "vit_b", "checkpoint": str(file)}
+    assert build_sam(SamConfig(**options))(images).shape == (1, 64, 64, 16)  # type: ignore[arg-type]
+    half = build_sam(SamConfig(**options, input_size=512, attention="mask"))  # type: ignore[arg-type]
+    assert half(images).shape == (1, 32, 32, 16)
+    assert {block.form for block in half.encoder.blocks} == {"mask"}  # type: ignore[union-attr]

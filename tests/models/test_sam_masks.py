@@ -13,7 +13,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from ssr_fast.errors import UserError
 from ssr_fast.models import sam as sam_module
 from ssr_fast.models import sam_masks
-from ssr_fast.models.sam_attention import LowRankAttention
+from ssr_fast.models.sam_attention import SamBlock
 from ssr_fast.models.sam_masks import SamMaskConfig, SamMasks, checkpoint_digest, load_sam, paint, pick_device
 from ssr_fast.prepare import main
 from tests.data.builders import assert_sentence, picture, save
@@ -67,7 +67,7 @@ def test_the_checkpoint_is_loaded_whole_and_attention_maps_are_avoided(checkpoin
     saved = torch.load(checkpoint, weights_only=True)
     assert set(saved) == set(sam.state_dict())
     assert all(torch.equal(value, saved[key]) for key, value in sam.state_dict().items())
-    assert all(isinstance(block.attn, LowRankAttention) for block in sam.image_encoder.blocks)
+    assert all(isinstance(block, SamBlock) for block in sam.image_encoder.blocks)
     assert not sam.training
 
 
