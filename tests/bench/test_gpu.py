@@ -51,12 +51,12 @@ def test_the_steps_find_their_tools(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "no_gpu", list)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    tests, memcheck, racecheck, benchmarks, _ = gpu.STEPS[1:]
+    tests, memcheck, racecheck, benchmarks, *_ = gpu.STEPS[1:]
     if not Path("/usr/local/cuda/bin/compute-sanitizer").exists():
         assert "compute-sanitizer" in memcheck.reasons()[0]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "compute-sanitizer").write_text("")
-    assert [step.reasons() for step in gpu.STEPS[1:]] == [[]] * 5
+    assert [step.reasons() for step in gpu.STEPS[1:]] == [[]] * 6
     assert memcheck.command()[:3] == [str(tmp_path / "bin" / "compute-sanitizer"), "--tool", "memcheck"]
     assert racecheck.command()[2] == "racecheck" and "--error-exitcode=99" in racecheck.command()
     assert "tests/kernels/test_counter.py" in tests.command()
