@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -16,12 +17,12 @@ from bench.ledger.counting import Counts, Ledger
 from ssr_fast.data.labels import CITYSCAPES
 from ssr_fast.data.torch_loader import Batch
 from ssr_fast.engine.optim import OptimConfig
-from ssr_fast.engine.precision import apply_precision
+from ssr_fast.engine.precision import apply_precision, computed_dtype
 from ssr_fast.engine.step import TrainStep
 from ssr_fast.methods.self_training import SelfTraining, SelfTrainingConfig
 from ssr_fast.methods.ssr import Ssr, SsrConfig
-from ssr_fast.models.sam import SHAPES, FrozenEncoder, build_vit
-from ssr_fast.models.sam_attention import use_low_rank_attention
+from ssr_fast.models.sam import SHAPES, FrozenEncoder
+from ssr_fast.models.sam_encoder import SamEncoder
 from ssr_fast.models.segmentor import ModelConfig, Segmentor, build_segmentor
 
 MODEL = ModelConfig()
@@ -69,7 +70,7 @@ def released_loop(size: Size, autocast: bool, levers: Sequence[str] = ()) -> Cou
 
 def ours(size: Size, sam: str = "", precision: str = "bf16", recompute_blocks: bool = False) -> Counts:
     """One step of ours, optimiser and average included; with a frozen SAM of that name (vit_b, vit_h)."""
-    batch, method = fake_batch(size), _method(sam)
+    batch, method = fake_batch(size), _method(sam, computed_dtype(precision))
     method.student.backbone.recompute_blocks = recompute_blocks
     with patch.object(copy, "deepcopy", _copied):
         apply_precision(method, precision)
@@ -79,16 +80,27 @@ def ours(size: Size, sam: str = "", precision: str = "bf16", recompute_blocks: b
     return ledger.counts
 
 
-def _method(sam: str = "") -> SelfTraining:
-    """Self-training as DAFormer's options have it, or SSR with a frozen SAM of that name."""
+class _Encoder(FrozenEncoder):
+    """An encoder that is built in the type of the step: the type of fake parameters cannot be changed."""
+
+    def to(self, *types: Any, **how: Any) -> "_Encoder":
+        assert types == (self.dtype,)
+        return self
+
+
+def _method(sam: str = "", dtype: torch.dtype = torch.float32) -> SelfTraining:
+    """Self-training as DAFormer's options have it, or SSR with a frozen SAM of that name, of a type."""
     common = (torch.ones(256), 0, SelfTrainingConfig(), CITYSCAPES.count)
     student, reference = build(), build().backbone
     with patch.object(copy, "deepcopy", _copied):
         if not sam:
             return SelfTraining(student, *common, CITYSCAPES.things, reference).train()
-        encoder = build_vit(SHAPES[sam])
-        use_low_rank_attention(encoder)
-        frozen = FrozenEncoder(encoder, SHAPES[sam].size, False)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            frozen = _Encoder(SamEncoder(SHAPES[sam]), SHAPES[sam].size, False)
+        finally:
+            torch.set_default_dtype(before)
         method = Ssr(student, *common, SsrConfig(), frozen, things=CITYSCAPES.things, reference=reference)
         return method.train()
 

@@ -99,6 +99,19 @@ def test_our_step_at_full_size():
     assert counts.bytes_saved == counts.bytes_held < 3.4e9 and counts.bytes_moved < 50e9  # 6.6 and 90 GB in float32
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_our_step_with_sam(precision, monkeypatch):
+    """SSR, the encoder in the step's precision; on small nets, as every block is alike."""
+    monkeypatch.setattr(recipes, "MODEL", recipes.ModelConfig(backbone="mit_tiny", channels=16))
+    small = recipes.Size(1, 64)
+    alone = recipes.count(lambda size: recipes.ours(size, precision=precision), small)
+    together = recipes.count(lambda size: recipes.ours(size, "vit_b", precision), small)
+    assert together.host_syncs == 0 and together.backwards == 1
+    # two images of 0.97 TFLOP, less what windows' padding is spared, and global attention thrice as wide
+    assert 0.98 < (together.flops - alone.flops) / 2 / (0.97e12 + 4 * 12 * 4 * 4096**2 * 128) < 1
+    assert together.bytes_moved - alone.bytes_moved < (12e9 if precision == "bf16" else 24e9)
+
+
 LATER = (recipes.FLOAT32, recipes.LEAN, recipes.RECOMPUTED)
 """Our step: its counter-based draws are some 400 operators whatever the network, more than a small one saves."""
 QUICK = ("daformer-autocast", "daformer-tf32", recipes.released.FOREACH, recipes.LEAN, recipes.RECOMPUTED)
