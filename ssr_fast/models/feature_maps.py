@@ -163,8 +163,8 @@ def check_recipe(found: Recipe, config: SamConfig, option: str, with_weights: bo
             )
     if with_weights and found.options.get("weights_sha256") != weights_digest(config):
         raise UserError(
-            f"--{option} holds features of other weights than --sam.checkpoint {config.checkpoint}, which encodes the "
-            f"mixed images; give the file that the store was made with, or --sam.mixed composed"
+            f"--{option} holds features of other weights than {config.checkpoint or config.encoder}, which encodes the "
+            f"mixed images; give the weights that the store was made with, or --sam.mixed composed"
         )
 
 
