@@ -59,12 +59,13 @@ def run(config: DomainConfig, options: argparse.Namespace) -> int:
     check_place(out, layout, entries)
     from ssr_fast.models.feature_maps import recipe
 
+    encode = _encoder(sam, options)
     store = create_features(out, layout.root, recipe(sam, options.dtype, options.precision), options.overwrite)
     mine = [entry.image for entry in entries[rank::world]]
     threads = options.workers or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     started, outcomes = time.perf_counter(), []
     with progress(len(mine), "features") as show:
-        for outcome in make_features(store, mine, _encoder(sam, options), threads, options.overwrite):
+        for outcome in make_features(store, mine, encode, threads, options.overwrite):
             outcomes.append(outcome)
             show(outcome)
     _sum_up(outcomes, store, time.perf_counter() - started)
