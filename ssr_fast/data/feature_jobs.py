@@ -1,4 +1,4 @@
-"""Makes the files of a feature store, image by image; the encoder stays in this process, threads read ahead of it.
+"""Makes the files of a feature store, image by image; the encoder stays in this thread, others read and write for it.
 
 H W pixels, h w tokens, D channels.
 """
@@ -31,7 +31,7 @@ def make_features(
         store: where the features go.
         images: paths of the images.
         encode: the encoder; called in this thread only, and not at all if nothing is to be made.
-        threads: that read images and look at what is there, ahead of the encoder; at least 1.
+        threads: that look at what is there and read images ahead of the encoder, and write behind it; at least 1.
         overwrite: make the files that are there, too.
 
     Raises:
@@ -39,12 +39,16 @@ def make_features(
     """
     pool = ThreadPoolExecutor(threads)
     ahead: deque[Future[Outcome | _Read]] = deque()
+    behind: deque[Callable[[], Outcome]] = deque()
     try:
         for number, image in enumerate(images):
             while len(ahead) <= 2 * threads and number + len(ahead) < len(images):
                 ahead.append(pool.submit(_look, store, images[number + len(ahead)], overwrite))
-            found = ahead.popleft().result()
-            yield _make(store, image, found, encode) if isinstance(found, _Read) else found
+            behind.append(_encode(pool, store, image, ahead.popleft().result(), encode))
+            if len(behind) > threads:
+                yield behind.popleft()()
+        while behind:
+            yield behind.popleft()()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -73,9 +77,25 @@ def _look(store: FeatureStore, image: Path, overwrite: bool) -> Outcome | _Read:
         return Outcome(image, "failed", str(error))
 
 
-def _make(store: FeatureStore, image: Path, found: _Read, encode: Encode) -> Outcome:
+def _encode(
+    pool: ThreadPoolExecutor, store: FeatureStore, image: Path, found: Outcome | _Read, encode: Encode
+) -> Callable[[], Outcome]:
+    """Encode an image, if it is to be, and start to write; waits for the outcome when called."""
+    if isinstance(found, Outcome):
+        return lambda: found
     try:
-        store.write(image, *encode(image, found.pixels))
+        features, geometry = encode(image, found.pixels)
+    except BadFile as error:
+        failed = Outcome(image, "failed", str(error))
+        return lambda: failed
+    return pool.submit(_write, store, image, features, geometry, found.message).result
+
+
+def _write(
+    store: FeatureStore, image: Path, features: NDArray[np.float32], geometry: Geometry, message: str
+) -> Outcome:
+    try:
+        store.write(image, features, geometry)
     except BadFile as error:
         return Outcome(image, "failed", str(error))
-    return Outcome(image, "made", found.message)
+    return Outcome(image, "made", message)

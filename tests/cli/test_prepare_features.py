@@ -190,7 +190,8 @@ def test_ctrl_c_is_a_sentence(root: Path, capsys: pytest.CaptureFixture[str], mo
     assert code == 3 and err.startswith("error: stopped by Ctrl-C") and err.count("\n") == 1
 
 
-def test_kill_9_at_random_moments_loses_nothing_and_leaves_the_same_store(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [3, pytest.param(12, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments_loses_nothing_and_leaves_the_same_store(tmp_path: Path, wanted: int) -> None:
     """The encoder is slowed down a little, so that several kills fall into one preparation."""
     count, root = 40, images(tmp_path / "set", 40)
     script = (
@@ -207,8 +208,10 @@ def test_kill_9_at_random_moments_loses_nothing_and_leaves_the_same_store(tmp_pa
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, "features", str(root), *SMALL, "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
-    store, rng, kills, finished = tmp_path / "store", random.Random(int(time.time())), 0, {}
-    while kills < 12:
+    seed = int(time.time())
+    print("seed", seed)
+    store, rng, kills, finished = tmp_path / "store", random.Random(seed), 0, {}
+    while kills < wanted:
         process = subprocess.Popen([*command, str(store)], env=environment, stdout=subprocess.DEVNULL)
         there = len(finished)
         while process.poll() is None and len(list(store.rglob("*.features"))) <= there:

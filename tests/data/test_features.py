@@ -54,6 +54,7 @@ def problem_of(store: FeatureStore, image: Path) -> str:
 # values
 
 
+@pytest.mark.filterwarnings("error")  # a token of zeros is divided by nothing
 def test_features_come_back(root: Path, store: FeatureStore) -> None:
     features = noise()
     features[1, 2] = 0  # a token of zeros

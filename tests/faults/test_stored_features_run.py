@@ -157,12 +157,13 @@ def test_other_weights_than_the_runs_are_refused_where_it_encodes_too(folders, t
     assert "other weights than small" in str(error.value) and "--sam.mixed composed" in str(error.value)
 
 
-def test_a_missing_file_is_named_before_training(folders, tmp_path):
+def test_a_missing_file_is_named_before_training(folders, tmp_path, monkeypatch):
     scenes, options = folders
     for name in ("source", "target"):
         fabricate(scenes / name)
     gone = sorted((scenes / "target" / "features").rglob("*.features"))[1]
     gone.unlink()
+    monkeypatch.setattr("ssr_fast.session.build_method", None)
     with pytest.raises(UserError) as error:
         main([*options, *COMPOSED, "--sam.encoder=vit_b", "--run.dir", str(tmp_path / "run")])
     assert str(gone) in str(error.value) and "prepare features" in str(error.value)
