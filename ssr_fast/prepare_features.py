@@ -118,5 +118,5 @@ def _sum_up(outcomes: list[Outcome], store: FeatureStore, seconds: float) -> Non
     if there:
         line += f"; {sum(path.stat().st_size for path in there) / 1e6:.1f} MB"
     if "made" in kinds:
-        line += f", {len(outcomes) / max(seconds, 1e-9):.1f} images/s"
+        line += f", {len(outcomes) / max(seconds, 1e-9):.3g} images/s"
     print(line)
