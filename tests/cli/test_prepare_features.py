@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ssr_fast.data.features import open_features
 from ssr_fast.data.layouts import find_layout
+from ssr_fast.models.feature_maps import build_map_encoder
+from ssr_fast.models.sam import SamConfig
 from ssr_fast.prepare import main
 from tests.data.builders import assert_sentence, picture, save
 
@@ -63,11 +66,14 @@ def test_a_store_beside_the_images(root: Path, capsys: pytest.CaptureFixture[str
     code, out, err = run(capsys, root, *SMALL, "--mode", "cached_full", "--dtype", "fp16")
     assert code == 0 and err == "" and f"{COUNT} files made, 0 kept, 0 failed" in out and "MB" in out
     store = open_features("", find_layout(root).root, "x")
+    encoder = build_map_encoder(SamConfig(encoder="small"), torch.device("cpu"), "fp32")
     assert store.recipe.options["encoder"] == "small" and len(store.recipe.options["weights_sha256"]) == 64
     for entry in find_layout(root).entries("train"):
         with Image.open(entry.image) as image:
             found = store.read(entry.image, image.size)
             assert found.values.shape == (image.height // 8, image.width // 8, 64)
+            features, geometry = encoder(entry.image, np.asarray(image))
+            assert found.geometry == geometry and (found.values == features.astype(np.float16)).all()
     assert len(find_layout(root).entries("train")) == COUNT  # the store's files are no images
 
 
