@@ -72,7 +72,7 @@ def test_a_store_beside_the_images(root: Path, capsys: pytest.CaptureFixture[str
         with Image.open(entry.image) as image:
             found = store.read(entry.image, image.size)
             assert found.values.shape == (image.height // 8, image.width // 8, 64)
-            features, geometry = encoder(entry.image, np.asarray(image))
+            features, geometry = encoder(entry.image, np.array(image))
             assert found.geometry == geometry and (found.values == features.astype(np.float16)).all()
     assert len(find_layout(root).entries("train")) == COUNT  # the store's files are no images
 
