@@ -51,6 +51,12 @@ class TrainConfig:
         """Whether any stage needs the target's segment maps."""
         return "source_free" in self.stages() and self.source_free.uses_segments()
 
+    def reads_features(self) -> tuple[str, ...]:
+        """Domains whose stored features are read."""
+        if "ssr" not in self.stages() or self.sam.features != "cached_full":
+            return ()
+        return ("source", "target") if self.sam.mixed == "composed" else ("source",)
+
 
 # Sections that only some methods read: an option of theirs given for another method would be ignored in silence.
 SECTIONS_OF = {
@@ -106,6 +112,7 @@ def _contradictions(config: TrainConfig, stages: tuple[str, ...], explicit: froz
             "--sam.features cached_views keeps features of source images and --ssr.domains mixed uses none: "
             "give --sam.features online"
         )
+    found += _feature_contradictions(config, stages, explicit)
     if config.data.evaluation is None and "run.evaluate_every" in explicit:
         found.append(
             f"--run.evaluate_every {config.run.evaluate_every} has no effect with --data.evaluation null: leave it out"
@@ -120,6 +127,45 @@ def _contradictions(config: TrainConfig, stages: tuple[str, ...], explicit: froz
             f"--optim.warmup_steps {config.optim.warmup_steps} is not below --run.steps {config.run.steps}: "
             "the learning rate would never reach its value"
         )
+    return found
+
+
+def _feature_contradictions(config: TrainConfig, stages: tuple[str, ...], explicit: frozenset[str]) -> list[str]:
+    """What stored features cannot be had together with."""
+    found = []
+    sam, domains, read = config.sam, config.ssr.domains, config.reads_features()
+    for name, folder in (("source", config.data.source_features), ("target", config.data.target_features)):
+        if folder and (name not in read or config.data.scenes is not None):
+            why = "are made with the scenes" if name in read else f"of the {name} are read by no method here"
+            found.append(f"--data.{name}_features {folder} has no effect, features {why}: leave it out")
+    if "ssr" not in stages:
+        return found
+    if sam.mixed == "composed" and sam.features != "cached_full":
+        found.append(
+            f"--sam.mixed composed takes stored features and --sam.features {sam.features} stores none: give "
+            "--sam.features cached_full, or --sam.mixed online"
+        )
+    if domains == "source" and "sam.mixed" in explicit:
+        found.append(
+            f"--sam.mixed {sam.mixed} has no effect with --ssr.domains source, which regularises no mixed image: "
+            "leave it out"
+        )
+    if sam.features == "cached_full" and domains == "mixed" and sam.mixed == "online":
+        found.append(
+            "--sam.features cached_full stores features of unmixed images and --ssr.domains mixed uses none: give "
+            "--sam.mixed composed, or --sam.features online"
+        )
+    if sam.features == "cached_full" and sam.encoder.startswith("vit_"):
+        encodes = "the mixed images are" * sam.encodes(domains) or "the scenes are" * (config.data.scenes is not None)
+        if encodes and not sam.checkpoint:
+            found.append(
+                f"--sam.checkpoint is missing: {encodes} encoded by --sam.encoder {sam.encoder}, which needs "
+                "segment-anything's file (--sam.mixed composed encodes no mixed image)"
+            )
+        if sam.checkpoint and not encodes:
+            found.append(
+                f"--sam.checkpoint {sam.checkpoint} has no effect, all features are read from the stores: leave it out"
+            )
     return found
 
 

@@ -1,10 +1,13 @@
-"""The data of a run: source, target and evaluation, the target's segments, and the batches of its steps."""
+"""The data of a run: source, target and evaluation, their segments and features, and the batches of its steps."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 from ssr_fast.config import TrainConfig
+from ssr_fast.data.feature_jobs import make_features
+from ssr_fast.data.features import FeatureStore, create_features, open_features
 from ssr_fast.data.index import DomainConfig, Index, build_index, total_counts
 from ssr_fast.data.index_cache import Report
 from ssr_fast.data.labels import ClassSet
@@ -14,11 +17,22 @@ from ssr_fast.data.segment_jobs import Task, make_maps
 from ssr_fast.data.segments import SegmentStore, create_store, open_store
 from ssr_fast.data.superpixels import SuperpixelConfig, Superpixels
 from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
+from ssr_fast.engine.trainer import pick_device
 from ssr_fast.errors import UserError
+from ssr_fast.models.feature_maps import build_map_encoder, check_recipe, recipe
 from ssr_fast.shipped import open_model
 
 SCENE_SUPERPIXELS = SuperpixelConfig(scale=60.0, sigma=1.0)
 """Segments of scenes: small noisy pictures, which the defaults, chosen on photographs, would cut into 300 crumbs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """The stored features that a run reads: D `channels`; `target` is None where only the source's are read."""
+
+    source: FeatureStore
+    target: FeatureStore | None
+    channels: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +45,7 @@ class Domains:
         evaluation: target images with labels; None where the run has none.
         classes: what the networks tell apart.
         segments: the target's segment maps; None where no stage reads them.
+        features: stored features of the frozen encoder; None where no stage reads them.
     """
 
     source: Index | None
@@ -38,6 +53,7 @@ class Domains:
     evaluation: Index | None
     classes: ClassSet
     segments: SegmentStore | None
+    features: Features | None
 
     def source_counts(self) -> list[int]:
         """Source pixels of each class; empty without a source."""
@@ -79,9 +95,10 @@ def open_domains(config: TrainConfig, folder: Path, report: Report) -> Domains:
             f"{', '.join(evaluation.classes.names)}: they must be the same"
         )
     segments = _segments(config, found["target"]) if config.reads_segments() else None
+    features = _features(config, found, report)
     labelled = evaluation or source
     classes = labelled.classes if labelled else open_model(config.source_free.model, "cpu", report).classes
-    return Domains(source, found["target"], evaluation, classes, segments)
+    return Domains(source, found["target"], evaluation, classes, segments, features)
 
 
 def _index(name: str, domain: DomainConfig, target: DomainConfig, report: Report) -> Index:
@@ -98,7 +115,9 @@ def _index(name: str, domain: DomainConfig, target: DomainConfig, report: Report
         raise
 
 
-def load(config: TrainConfig, domains: Domains, first: int, last: int, pin: bool) -> Iterator[Batch]:
+def load(
+    config: TrainConfig, domains: Domains, first: int, last: int, pin: bool, features: Features | None
+) -> Iterator[Batch]:
     """Batches of the steps first .. last - 1, on the host; `pin` puts them in page-locked memory."""
     data = config.data
     plan = Plan(
@@ -111,7 +130,15 @@ def load(config: TrainConfig, domains: Domains, first: int, last: int, pin: bool
         data.batch_size,
         data.sampling,
     )
-    dataset = StepDataset(plan, domains.source, domains.target, cache=data.cache, segments=domains.segments)
+    dataset = StepDataset(
+        plan,
+        domains.source,
+        domains.target,
+        cache=data.cache,
+        segments=domains.segments,
+        source_features=features.source if features else None,
+        target_features=features.target if features else None,
+    )
     return load_steps(dataset, first, last, data.workers, pin)
 
 
@@ -127,4 +154,47 @@ def _segments(config: TrainConfig, target: Index) -> SegmentStore:
     tasks = [Task(Path(sample.image), superpixels) for sample in target.samples]
     for outcome in make_maps(store, tasks, workers=0):
         assert outcome.kind != "failed", outcome.message
+    return store
+
+
+def _features(config: TrainConfig, found: dict[str, Index], report: Report) -> Features | None:
+    """The stored features that the run reads; those of scenes are made here.
+
+    Raises:
+        UserError: a store is missing, not whole, or of another encoder than the run's or the other store.
+    """
+    stores, shapes = {}, {}
+    for name in config.reads_features():
+        option = f"data.{name}_features"
+        if config.data.scenes is not None:
+            stores[name] = _scene_features(config, name, found[name], report)
+        else:
+            stores[name] = open_features(
+                getattr(config.data, option.partition(".")[2]), found[name].layout.root, option
+            )
+            check_recipe(stores[name].recipe, config.sam, option, config.sam.encodes(config.ssr.domains))
+        shapes[name] = stores[name].require(found[name].samples)
+    if not stores:
+        return None
+    weights = {store.recipe.options["weights_sha256"] for store in stores.values()}
+    if len(weights) > 1 or len(set(shapes.values())) > 1:
+        raise UserError(
+            f"{stores['source'].folder} and {stores['target'].folder} hold features of different encoders: make both "
+            f"with the same weights"
+        )
+    return Features(stores["source"], stores.get("target"), shapes["source"].channels)
+
+
+def _scene_features(config: TrainConfig, name: str, index: Index, report: Report) -> FeatureStore:
+    """Features of scenes: a few small maps, which need no compression to int8."""
+    store = create_features(None, index.layout.root, recipe(config.sam, "fp16", "fp32"), overwrite=False)
+    device = pick_device(config.run.device)
+    build = functools.cache(lambda: build_map_encoder(config.sam, device, "fp32"))
+    images = [Path(sample.image) for sample in index.samples]
+    outcomes = list(make_features(store, images, lambda path, image: build()(path, image), threads=1))
+    for outcome in outcomes:
+        if outcome.kind == "failed":
+            raise UserError(outcome.message)
+    if made := sum(outcome.kind == "made" for outcome in outcomes):
+        report(f"{made} {name} scenes encoded for --sam.features cached_full")
     return store

@@ -1,11 +1,11 @@
-"""`python -m ssr_fast.prepare check|masks ROOT`: look at a data set before training does; make its segment store."""
+"""`python -m ssr_fast.prepare check|masks|features ROOT`: look at a data set before training does; make its stores."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ssr_fast import prepare_check, prepare_masks
+from ssr_fast import prepare_check, prepare_features, prepare_masks
 from ssr_fast.data.index import DomainConfig
 from ssr_fast.data.layouts import LAYOUTS
 from ssr_fast.errors import UserError
@@ -57,6 +57,15 @@ def _parser() -> _Parser:
         prepare_masks.run,
     )
     prepare_masks.add_options(masks)
+    features = _add_command(
+        commands,
+        "features",
+        "make a store of the frozen encoder's features",
+        "Encode every image once, as a whole, for training with --sam.features cached_full. Whole files that are there "
+        "are kept. Exit code 2 if an image got none.",
+        prepare_features.run,
+    )
+    prepare_features.add_options(features)
     return parser
 
 

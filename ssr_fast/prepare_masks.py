@@ -4,10 +4,8 @@ import argparse
 import dataclasses
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,18 +13,18 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssr_fast.data.images import IMAGE_SUFFIXES, read_image
 from ssr_fast.data.index import DomainConfig
 from ssr_fast.data.layouts import Entry, Layout, find_layout
 from ssr_fast.data.own_maps import match
 from ssr_fast.data.segment_jobs import Generator, Outcome, Task, make_maps
-from ssr_fast.data.segments import Recipe, SegmentStore, create_store
+from ssr_fast.data.segments import SegmentStore, create_store
+from ssr_fast.data.stores import Recipe
 from ssr_fast.data.superpixels import ALGORITHMS, OPTIONS, SuperpixelConfig, Superpixels
 from ssr_fast.errors import UserError
 from ssr_fast.models.sam_masks import MODELS, SamMaskConfig, SamMasks, checkpoint_digest, load_sam, pick_device
+from ssr_fast.prepare_parts import check_place, local_rank, progress, shard
 from ssr_fast.report.segment_pictures import segment_picture, sheet
 
 _SAM, _SUPERPIXELS = "sam", "superpixels"
@@ -68,14 +66,14 @@ def run(config: DomainConfig, options: argparse.Namespace) -> int:
     Raises:
         UserError: wrong options, or images that got no map (a line each, after all others are done).
     """
-    rank, world = _shard(options.rank, options.world, os.environ)
+    rank, world = shard(options.rank, options.world, os.environ)
     _check(options)
     layout = find_layout(Path(config.root), config.layout, config.classes)
     entries = layout.listing(config.split, config.condition).entries
     if not entries:
         raise UserError(f"ROOT {config.root} holds no images ({layout.name}, split {config.split}); check both")
     out = Path(options.out).expanduser() if options.out else None
-    _check_place(out, layout, entries)
+    check_place(out, layout, entries)
     source = _source(options, entries, layout)
     store = create_store(out, layout.root, source.recipe, options.overwrite)
     mine = [entry.image for entry in entries[rank::world]]
@@ -87,7 +85,7 @@ def run(config: DomainConfig, options: argparse.Namespace) -> int:
     if generator is not None:
         tasks = [Task(image, generator(image)) for image in todo]
         visit = preview if preview is not None and preview.is_folder else None
-        with _progress(len(tasks)) as show:
+        with progress(len(tasks), "segments") as show:
             for outcome in make_maps(store, tasks, _workers(options), options.overwrite, visit):
                 outcomes.append(outcome)
                 show(outcome)
@@ -153,40 +151,6 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("\n".join(found))
 
 
-def _check_place(out: Path | None, layout: Layout, entries: Iterable[Entry]) -> None:
-    """The maps must not lie among the images, where the next look at the data set would take them for some.
-
-    Raises:
-        UserError: they would.
-    """
-    if out is None:
-        return
-    for top in {layout.root / entry.image.relative_to(layout.root).parts[0] for entry in entries}:
-        if out.resolve().is_relative_to(top.resolve()):
-            raise UserError(f"--out {out} lies among the images in {top}; give a folder beside them")
-
-
-def _shard(rank: int | None, world: int | None, environment: Mapping[str, str]) -> tuple[int, int]:
-    """Rank and world size: the options, else what torchrun says, else 0 and 1.
-
-    Raises:
-        UserError: one without the other, or no legal numbers.
-    """
-    if (rank is None) != (world is None):
-        raise UserError("--rank and --world must be given together; leave both out for a single process")
-    if rank is not None and world is not None:
-        where = f"--rank {rank} --world {world}"
-    else:
-        where = f"RANK={environment.get('RANK', '')} WORLD_SIZE={environment.get('WORLD_SIZE', '')}"
-        try:
-            rank, world = int(environment.get("RANK") or 0), int(environment.get("WORLD_SIZE") or 1)
-        except ValueError as error:
-            raise UserError(f"{where} are no numbers; unset them, or give --rank and --world") from error
-    if not 0 <= rank < world:
-        raise UserError(f"{where} names no shard; the rank must lie in 0 .. world - 1")
-    return rank, world
-
-
 def _workers(options: argparse.Namespace) -> int:
     """Processes: none of its own for SAM, whose network is in this one."""
     if options.generator == _SAM:
@@ -232,8 +196,7 @@ def _sam_source(options: argparse.Namespace) -> _Source:
     recipe = Recipe(_SAM, {"checkpoint_sha256": checkpoint_digest(path), **dataclasses.asdict(config)})
 
     def build() -> Callable[[Path], Generator]:
-        local_rank = os.environ.get("LOCAL_RANK", "0")
-        device = pick_device(options.device or "auto", int(local_rank) if local_rank.isdecimal() else 0)
+        device = pick_device(options.device or "auto", local_rank(os.environ))
         masks = SamMasks(load_sam(path, options.sam_model or "auto", device), config, options.points_per_batch or 64)
         return lambda image: masks
 
@@ -275,26 +238,6 @@ class _Preview:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"--preview {path} cannot be written ({reason}); give another file or folder") from error
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[Outcome], None]]:
-    """A line on stderr with images a second, which takes each outcome; messages of outcomes stay above it."""
-    console = Console(stderr=True)
-    columns = TextColumn("segments"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
-    with bar:
-        task = bar.add_task("segments", total=total, rate="")
-        started, done = time.perf_counter(), 0
-
-        def show(outcome: Outcome) -> None:
-            nonlocal done
-            done += 1
-            bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - started):.1f} images/s")
-            if outcome.kind == "made" and outcome.message:
-                print(outcome.message, file=sys.stderr)
-
-        yield show
 
 
 def _sum_up(outcomes: list[Outcome], store: SegmentStore, seconds: float) -> None:

@@ -187,6 +187,7 @@ class Session:
         """
         stage, several = STAGE_NAMES[name], len(self.config.stages()) > 1
         config, shared = self.config, self._shared_steps()
+        features = self.domains.features if name == "ssr" else None
         method = build_method(
             name,
             method=config.method,
@@ -199,6 +200,7 @@ class Session:
             counts=self.domains.source_counts(),
             seed=config.run.seed,
             device=self.device,
+            feature_channels=None if features is None else features.channels,
         )
         wrap(method, config.run, self.precision)
         store, log = self._records(stage)
@@ -207,7 +209,7 @@ class Session:
             branch = Branch(shared, *self._records(STAGE_NAMES["supervised"]))
         trainer = Trainer(
             method,
-            lambda first, last: load(config, self.domains, first, last, self.device.type == "cuda"),
+            lambda first, last: load(config, self.domains, first, last, self.device.type == "cuda", features),
             self.evaluator.scores if self.domains.evaluation is not None else None,
             run=config.run,
             optim=self._optim(name),

@@ -13,11 +13,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ssr_fast.data import stores
 from ssr_fast.data.images import BadFile, opened, read_image
 from ssr_fast.data.segments import SegmentStore
 from ssr_fast.errors import UserError
@@ -30,20 +30,9 @@ Visit = Callable[[Path, NDArray[np.uint8], NDArray[np.uint16]], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one image.
+class Outcome(stores.Outcome):
+    """What became of one image: `segments` in the new map, and the share of its pixels that is `covered` by one."""
 
-    Args:
-        image: its path.
-        kind: made, kept (a whole map was there) or failed.
-        message: why it failed, or why a map that was there was made again; a sentence, else empty.
-        segments: in the new map.
-        covered: share of its pixels that lie in a segment.
-    """
-
-    image: Path
-    kind: Literal["made", "kept", "failed"]
-    message: str = ""
     segments: int = 0
     covered: float = 0.0
 

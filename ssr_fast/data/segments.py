@@ -6,15 +6,11 @@ share a map). Value 0 is no segment, 1..65535 are segments; an id means nothing 
 H W pixels, S segments.
 """
 
-import hashlib
-import json
 import os
-import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ssr_fast.data.images import BadFile, opened
 from ssr_fast.data.index import Sample
+from ssr_fast.data.stores import Recipe, StoreKind, create_folder, open_folder, write_file
 from ssr_fast.errors import UserError
 
 MAX_SEGMENTS = 65535
@@ -30,29 +27,9 @@ MAX_SEGMENTS = 65535
 
 COMMAND = "python -m ssr_fast.prepare masks"
 
-_FILE, _VERSION = "store.json", 1
-_FOLDER = "segments"  # of a store in the data set's root
-_TEMPORARY = ".tmp"  # below the store, so that a finished map only changes its name
-_STALE = 3600.0  # seconds after which a file there was left by a killed process: no map takes that long to write
+_KIND = StoreKind("segments", "segment store", COMMAND)
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _KEY = "ssr_fast"  # the PNG text that ties a map to its store's recipe
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What makes the maps of a store: the generator's name and every option that their content depends on."""
-
-    generator: str
-    options: Mapping[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """Names the recipe; written into every map, so that maps of two recipes never mix."""
-        content = [self.generator, dict(self.options), _VERSION]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-    def __str__(self) -> str:
-        return ", ".join([self.generator, *(f"{name} {value}" for name, value in sorted(self.options.items()))])
 
 
 @dataclass(frozen=True)
@@ -130,7 +107,8 @@ class SegmentStore:
         text = PngInfo()
         text.add_text(_KEY, self.recipe.digest)
         picture = Image.fromarray(np.ascontiguousarray(segments))
-        _write(self.path(image), self.folder, lambda file: picture.save(file, "PNG", pnginfo=text))
+        # a map that a power failure cut short is found by its check sums and made again: nothing waits for the disk
+        write_file(self.path(image), self.folder, lambda file: picture.save(file, "PNG", pnginfo=text))
 
     def _decode(self, image: Path | str, size: tuple[int, int] | None) -> NDArray[np.uint16]:
         path = self.path(image)
@@ -177,11 +155,8 @@ def open_store(folder: str, root: Path, option: str = "data.segments") -> Segmen
     Raises:
         UserError: there is no store, or its store.json is damaged.
     """
-    path = Path(folder).expanduser() if folder else root / _FOLDER
-    if not (path / _FILE).is_file():
-        out = f" --out {folder}" if folder else ""
-        raise UserError(f"--{option}: {path} is no segment store (no {_FILE}); make it with `{COMMAND} {root}{out}`")
-    return SegmentStore(path, root, _read_recipe(path / _FILE))
+    path, recipe = open_folder(_KIND, folder, root, option)
+    return SegmentStore(path, root, recipe)
 
 
 def create_store(folder: Path | None, root: Path, recipe: Recipe, overwrite: bool) -> SegmentStore:
@@ -190,23 +165,7 @@ def create_store(folder: Path | None, root: Path, recipe: Recipe, overwrite: boo
     Raises:
         UserError: the folder holds maps of another recipe (and not `overwrite`), other things, or cannot be written.
     """
-    folder = folder if folder is not None else root / _FOLDER
-    file = folder / _FILE
-    if file.is_file() and not overwrite:
-        found = _read_recipe(file)
-        if found != recipe:
-            raise UserError(
-                f"{folder} is a store of other segments ({found}, and now asked for: {recipe}); give another --out, "
-                f"or --overwrite to make them anew"
-            )
-    elif folder.is_dir() and not file.is_file() and any(path.name != _TEMPORARY for path in folder.iterdir()):
-        raise UserError(f"{folder} holds other files and no {_FILE}; give a new or empty folder as --out")
-    else:
-        content = {"version": _VERSION, "generator": recipe.generator, "options": dict(recipe.options)}
-        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        _write(file, folder, lambda handle: handle.write(text.encode()))
-    _sweep(folder / _TEMPORARY)
-    return SegmentStore(folder, root, recipe)
+    return SegmentStore(create_folder(_KIND, folder, root, recipe, overwrite), root, recipe)
 
 
 def compact(ids: NDArray[np.integer[Any]]) -> NDArray[np.uint16]:
@@ -222,48 +181,3 @@ def compact(ids: NDArray[np.integer[Any]]) -> NDArray[np.uint16]:
     table = np.zeros(len(values), np.uint16)
     table[keep] = np.arange(1, len(keep) + 1, dtype=np.uint16)
     return table[inverse].reshape(ids.shape)
-
-
-def _read_recipe(file: Path) -> Recipe:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        version, generator, options = content["version"], content["generator"], content["options"]
-        if not isinstance(generator, str) or not isinstance(options, dict):
-            raise ValueError("generator or options are missing")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file} is damaged ({reason}); run `{COMMAND}` with --overwrite for this store") from error
-    if version != _VERSION:
-        raise UserError(f"{file} has version {version}, and this is {_VERSION}; make the store anew with --overwrite")
-    return Recipe(generator, options)
-
-
-def _write(path: Path, store: Path, save: Callable[[IO[bytes]], object]) -> None:
-    """Write below the store's temporary folder, then take the name: a killed process leaves no half file.
-
-    Nothing waits for the disk: a map that a power failure cut short is found by its check sums and made again.
-    """
-    part = store / _TEMPORARY / uuid.uuid4().hex
-    try:
-        for folder in (part.parent, path.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("xb") as file:
-                save(file)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); check the folder's rights and its free space"
-        ) from error
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes have left."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        try:
-            if path.stat().st_mtime < time.time() - _STALE:
-                path.unlink()
-        except OSError:
-            continue  # another process has just finished or removed it

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ssr_fast.data.segments import Recipe, compact
+from ssr_fast.data.segments import compact
+from ssr_fast.data.stores import Recipe
 
 ALGORITHMS = ("felzenszwalb", "slic")
 

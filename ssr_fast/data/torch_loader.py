@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssr_fast.data.augment import crop_image, crop_label, resize_image, resize_label
+from ssr_fast.data.features import FeatureStore
 from ssr_fast.data.images import read_image
 from ssr_fast.data.index import DomainConfig, Index
 from ssr_fast.data.plan import Plan, SamplingConfig, View, acceptable
@@ -23,7 +24,7 @@ from ssr_fast.data.scenes import ScenesConfig
 from ssr_fast.data.segments import SegmentStore
 from ssr_fast.errors import UserError
 
-_Pixels = TypeVar("_Pixels", np.uint8, np.uint16)
+_Read = TypeVar("_Read")
 
 
 @dataclass(kw_only=True)
@@ -49,6 +50,11 @@ class DataConfig:
     segments: str = ""
     """Segment store of the target set, made by `python -m ssr_fast.prepare masks`, for a method that learns from
     segments; empty: the folder `segments` in the target set's root."""
+    source_features: str = ""
+    """Feature store of the source set, made by `python -m ssr_fast.prepare features`, for --sam.features cached_full;
+    empty: the folder `features` in the source set's root."""
+    target_features: str = ""
+    """The same of the target set, for --sam.mixed composed."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How samples are drawn."""
 
@@ -99,7 +105,10 @@ class Batch:
         source_label: uint8 [B, H, W], 255 ignored; likewise.
         target_image: uint8 [B, H, W, 3] RGB.
         target_valid: bool [B, H, W], False where the crop lies outside the image.
-        source_features: float32 [B, D, h, w], the frozen encoder's of the source images where a method keeps them.
+        source_features: float32 [B, D, h, w], the frozen encoder's of the source images where they are kept: of the
+            crops (cached_views), or crops of the whole images' (cached_full).
+        target_features: float32 [B, D, h, w], crops of the features of the whole target images, where a store of them
+            is read.
         target_segments: int32 [B, H, W], ids of the target's segments, each image's its own, where a method learns from
             them; 0 where there is no segment, and outside of the image.
     """
@@ -110,6 +119,7 @@ class Batch:
     target_valid: Tensor
     source_features: Tensor | None = None
     target_segments: Tensor | None = None
+    target_features: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device, without waiting for the copies."""
@@ -133,6 +143,7 @@ class StepDataset(Dataset[Batch]):
         rank, world: of this process.
         cache: keep decoded and resized images, labels and segments.
         segments: of the target; None leaves `target_segments` None.
+        source_features, target_features: stores of whole images' features; None leaves these parts of a batch None.
     """
 
     def __init__(
@@ -144,10 +155,13 @@ class StepDataset(Dataset[Batch]):
         world: int = 1,
         cache: bool = False,
         segments: SegmentStore | None = None,
+        source_features: FeatureStore | None = None,
+        target_features: FeatureStore | None = None,
     ) -> None:
         self.plan, self.source, self.target = plan, source, target
         self.rank, self.world, self.segments = rank, world, segments
-        self._cache: dict[tuple[str, int], NDArray[Any]] | None = {} if cache else None
+        self.source_features, self.target_features = source_features, target_features
+        self._cache: dict[tuple[str, int], Any] | None = {} if cache else None
 
     def __getitem__(self, step: int) -> Batch:
         plan = self.plan(step, self.rank, self.world)
@@ -157,23 +171,34 @@ class StepDataset(Dataset[Batch]):
         if self.segments is not None:
             cuts = [self._target_segments(view, self.segments) for view in plan.target]
             segments = torch.from_numpy(np.stack(cuts).astype(np.int32))  # PyTorch does next to nothing in uint16
+        target_features = None
+        if self.target_features is not None:
+            parts = [self._features(view, view.corners[0], self.target, self.target_features) for view in plan.target]
+            target_features = _planes(parts)
         return Batch(
-            _stack([image for image, _ in source], (*self.plan.crop, 3)),
-            _stack([label for _, label in source], self.plan.crop),
+            _stack([image for image, _, _ in source], (*self.plan.crop, 3)),
+            _stack([label for _, label, _ in source], self.plan.crop),
             torch.from_numpy(np.stack([image for image, _ in target])),
             torch.from_numpy(np.stack([valid for _, valid in target])),
+            source_features=_planes([features for _, _, features in source if features is not None]),
             target_segments=segments,
+            target_features=target_features,
         )
 
-    def _source(self, view: View, index: Index) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """The first candidate crop that satisfies the view's conditions, else the last."""
+    def _source(
+        self, view: View, index: Index
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32] | None]:
+        """The first candidate crop that satisfies the view's conditions, else the last: image, label, features."""
         image, label = self._image(index, view), self._label(index, view)
         size = self.plan.crop
         for corner in view.corners:
             cut = crop_label(label, corner, size, view.flip)
             if acceptable(cut, view.rare_class, self.plan.sampling):
                 break
-        return crop_image(image, corner, size, view.flip), cut
+        store, features = self.source_features, None
+        if store is not None:
+            features = self._features(view, corner, index, store)
+        return crop_image(image, corner, size, view.flip), cut, features
 
     def _target(self, view: View) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         image = self._image(self.target, view)
@@ -191,6 +216,13 @@ class StepDataset(Dataset[Batch]):
         segments = self._kept((sample.image, 2), read)
         return crop_label(segments, view.corners[0], self.plan.crop, view.flip, outside=0)
 
+    def _features(self, view: View, corner: tuple[int, int], index: Index, store: FeatureStore) -> NDArray[np.float32]:
+        """The stored features of a view [h, w, D], cut and flipped as its image is."""
+        sample = index.samples[view.index]
+        key = str(store.path(sample.image)), 3
+        stored = self._kept(key, lambda: store.read(sample.image, (sample.width, sample.height)))
+        return stored.cut(view.size, corner, self.plan.crop, view.flip)
+
     def _image(self, index: Index, view: View) -> NDArray[np.uint8]:
         path = index.samples[view.index].image
         return self._kept((path, 0), lambda: resize_image(read_image(path), view.size))
@@ -202,18 +234,24 @@ class StepDataset(Dataset[Batch]):
             raise UserError(f"{sample.image} has no label: the source needs one for every image")
         return self._kept((label, 1), lambda: resize_label(index.layout.read_label(label), view.size))
 
-    def _kept(self, key: tuple[str, int], read: Callable[[], NDArray[_Pixels]]) -> NDArray[_Pixels]:
+    def _kept(self, key: tuple[str, int], read: Callable[[], _Read]) -> _Read:
         """What `read` returns, from the cache if there is one."""
         if self._cache is None:
             return read()
         if key not in self._cache:
             self._cache[key] = read()
-        return self._cache[key]
+        kept: _Read = self._cache[key]
+        return kept
 
 
 def _stack(arrays: list[NDArray[np.uint8]], shape: tuple[int, ...]) -> Tensor:
     """[len(arrays), *shape], also of none."""
     return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty((0, *shape), dtype=torch.uint8)
+
+
+def _planes(features: list[NDArray[np.float32]]) -> Tensor | None:
+    """Features [h, w, D] a view -> [B, D, h, w], channels-last in memory; None of none."""
+    return torch.from_numpy(np.stack(features)).permute(0, 3, 1, 2) if features else None
 
 
 class _Reported(Dataset[Batch | UserError]):

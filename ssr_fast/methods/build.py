@@ -10,7 +10,7 @@ from ssr_fast.errors import UserError
 from ssr_fast.methods.method import Method, MethodConfig, class_weights
 from ssr_fast.methods.self_training import SelfTraining, SelfTrainingConfig
 from ssr_fast.methods.source_free import SourceFree, SourceFreeConfig
-from ssr_fast.methods.ssr import Ssr, SsrConfig
+from ssr_fast.methods.ssr import Ssr, SsrConfig, StoredFeatures
 from ssr_fast.models.feature_cache import ViewCache
 from ssr_fast.models.sam import SamConfig, build_sam
 from ssr_fast.models.segmentor import ModelConfig, Segmentor, build_segmentor
@@ -30,12 +30,14 @@ def build_method(
     counts: Sequence[int],
     seed: int,
     device: torch.device,
+    feature_channels: int | None = None,
 ) -> Method:
     """Build the nets of a method on a device, in training mode; equal options give bit-equal weights.
 
     Args:
         name: one of METHODS (`method.name` may list a preset's other stages).
         counts: source pixels of each class, for the class weights.
+        feature_channels: channels of the stored features that batches bring; None if they bring none.
 
     Raises:
         UserError: weights that cannot be read, or are of another model or of other classes.
@@ -59,10 +61,19 @@ def build_method(
     if name == "self_training":
         built = SelfTraining(student, weights, seed, self_training, classes.count, classes.things, reference)
     else:
-        encoder = build_sam(sam)
-        views = ViewCache(encoder) if sam.features == "cached_views" else None
+        encoder = build_sam(sam) if sam.encodes(ssr.domains) else None
         built = Ssr(
-            student, weights, seed, self_training, classes.count, ssr, encoder, views, classes.things, reference
+            student,
+            weights,
+            seed,
+            self_training,
+            classes.count,
+            ssr,
+            encoder,
+            ViewCache(encoder) if encoder is not None and sam.features == "cached_views" else None,
+            classes.things,
+            reference,
+            stored=StoredFeatures(feature_channels, sam.standardise) if feature_channels is not None else None,
         )
     return built.to(device).train()
 

@@ -4,6 +4,7 @@ B batch, H W pixels, K classes.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssr_kernels import counter
@@ -32,3 +33,19 @@ def class_masks(labels: Tensor, class_count: int, key: Tensor) -> Tensor:
 def paste(mask: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """Source where mask [B, H, W], else target: both [B, H, W] or [B, C, H, W]."""
     return torch.where(mask if source.ndim == 3 else mask[:, None], source, target)
+
+
+def compose(mask: Tensor | None, source: Tensor, target: Tensor) -> Tensor:
+    """Stored features for a mixed image: an approximation of what the encoder would make of it, which it never saw.
+
+    Each token is source and target in the shares that the mask has of its area. The encoder itself would see the pasted
+    parts beside their new neighbours, and the strong augmentation.
+
+    Args:
+        mask: bool [B, H, W], where the source is pasted; None where nothing is.
+        source, target: features [B, D, h, w].
+    """
+    if mask is None:
+        return target
+    share = F.adaptive_avg_pool2d(mask[:, None].to(source.dtype), (source.shape[2], source.shape[3]))  # [B, 1, h, w]
+    return share * source + (1 - share) * target

@@ -91,12 +91,14 @@ class Mixed:
         label: uint8 [B, H, W], source labels and pseudo-labels.
         weight: float32 [B, H, W].
         confident: scalar, share of confident pixels.
+        mask: bool [B, H, W], where the source is pasted; None where nothing is.
     """
 
     image: Tensor
     label: Tensor
     weight: Tensor
     confident: Tensor
+    mask: Tensor | None
 
 
 class SelfTraining(Method):
@@ -210,12 +212,12 @@ class SelfTraining(Method):
             target = paste(mask, source, target)
         else:
             label, weight = torch.full_like(batch.source_label, 255), torch.zeros_like(source[:, 0])
-            confident = torch.zeros((), device=target.device)
+            confident, mask = torch.zeros((), device=target.device), None
         config = self.config
         image = strong_augment(
             target, counter.fold(key, 2), config.jitter, config.jitter_probability, config.blur_probability
         )
-        return Mixed(image, label, weight, confident)
+        return Mixed(image, label, weight, confident, mask)
 
     def feature_distance(self, output: SegmentorOutput, source: Tensor, label: Tensor) -> Tensor:
         """Weighted mean L2 distance of the student's stage-4 features to the frozen backbone's on thing regions.

@@ -7,13 +7,15 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssr_fast.data.torch_loader import Batch
+from ssr_fast.methods.mixing import compose
 from ssr_fast.methods.regularisers import POINTS, CosineAlignment, Injection, seeded
 from ssr_fast.methods.self_training import Mixed, SelfTraining, SelfTrainingConfig
 from ssr_fast.models.feature_cache import ViewCache
-from ssr_fast.models.sam import FrozenEncoder
+from ssr_fast.models.sam import FrozenEncoder, alignment_target
 from ssr_fast.models.segmentor import Segmentor, SegmentorOutput
 
 
@@ -61,14 +63,28 @@ class SsrConfig:
         return POINTS[:4] if self.regulariser == "injection" else POINTS
 
 
+@dataclass(frozen=True)
+class StoredFeatures:
+    """What is known of features that batches bring.
+
+    Attributes:
+        channels: D.
+        standardise: give each channel zero mean and unit variance over the batch.
+    """
+
+    channels: int
+    standardise: bool
+
+
 class Ssr(SelfTraining):
     """Self-training with the regulariser on top.
 
     Args:
         student, weights, seed, config, class_count, things, reference, rank: see SelfTraining.
         ssr: the regulariser's options.
-        encoder: the frozen encoder.
+        encoder: the frozen encoder; None where every batch brings all features that are aligned to.
         views: keeps its features of the source images; None encodes them in every step.
+        stored: what batches bring features of; None if they bring none.
     """
 
     stage_name = "ssr"
@@ -81,22 +97,27 @@ class Ssr(SelfTraining):
         config: SelfTrainingConfig,
         class_count: int,
         ssr: SsrConfig,
-        encoder: FrozenEncoder,
+        encoder: FrozenEncoder | None,
         views: ViewCache | None = None,
         things: tuple[int, ...] = (),
         reference: nn.Module | None = None,
         rank: int = 0,
+        stored: StoredFeatures | None = None,
     ) -> None:
         super().__init__(student, weights, seed, config, class_count, things, reference, rank)
         self.ssr, self.encoder, self.views = ssr, encoder, views
+        if stored is None:
+            assert encoder is not None, "features come from the encoder or with the batches"
+            stored = StoredFeatures(encoder.channels(), encoder.standardise)
+        self.standardise = stored.standardise
         points = ssr.chosen_points()
         dims, heads = student.backbone.shape.dims, student.backbone.shape.heads
         if ssr.regulariser == "cosine":
             sizes = dict(zip(POINTS, (*dims, student.config.channels), strict=True))
             channels = [sizes[point] for point in points]
-            self.regulariser = seeded(CosineAlignment, seed, points, channels, encoder.channels())
+            self.regulariser = seeded(CosineAlignment, seed, points, channels, stored.channels)
         else:
-            self.regulariser = seeded(Injection, seed, points, dims, heads, encoder.channels())
+            self.regulariser = seeded(Injection, seed, points, dims, heads, stored.channels)
 
     def computed(self) -> dict[str, nn.Module]:
         """The regulariser runs with the student."""
@@ -105,7 +126,8 @@ class Ssr(SelfTraining):
     def compute_in(self, dtype: torch.dtype) -> None:
         """The frozen encoder too."""
         super().compute_in(dtype)
-        self.encoder.to(dtype)
+        if self.encoder is not None:
+            self.encoder.to(dtype)
 
     def trainable(self) -> dict[str, nn.Module]:
         """The regulariser trains with the backbone's learning rate."""
@@ -145,11 +167,22 @@ class Ssr(SelfTraining):
     def _target(self, batch: Batch, source: Tensor, mixed: Mixed | None, keep: slice) -> Tensor:
         """The encoder's features [B, hs, ws, D] of the chosen half or halves."""
         if batch.source_features is None:
-            return self.encoder((source if mixed is None else torch.cat([source, mixed.image]))[keep])
-        if mixed is None or self.ssr.domains == "source":
-            return self.encoder.finish(batch.source_features.to(self.dtype))
-        kept = batch.source_features.to(self.dtype)
-        return self.encoder.finish(torch.cat([kept, self.encoder.encode(mixed.image)]))
+            assert self.encoder is not None, "the batch brings no features"
+            features: Tensor = self.encoder((source if mixed is None else torch.cat([source, mixed.image]))[keep])
+            return features
+        parts = {} if self.ssr.domains == "mixed" else {"source": batch.source_features}
+        if mixed is not None and self.ssr.domains != "source":
+            parts["mixed"] = self._of_mixed(batch, mixed)
+            if "source" in parts:
+                parts["source"] = _at_grid_of(parts["mixed"], parts["source"])
+        return alignment_target(torch.cat([part.to(self.dtype) for part in parts.values()]), self.standardise)
+
+    def _of_mixed(self, batch: Batch, mixed: Mixed) -> Tensor:
+        """The features [B, D, h, w] of the mixed images: composed of stored ones where batches bring both, else new."""
+        if batch.source_features is not None and batch.target_features is not None:
+            return compose(mixed.mask, batch.source_features, batch.target_features)
+        assert self.encoder is not None, "the batch brings no features of the target"
+        return self.encoder.encode(mixed.image)
 
     def _injected(
         self, batch: Batch, mixed: Mixed | None, output: SegmentorOutput, keep: slice, target: Tensor, begun: bool
@@ -166,3 +199,10 @@ class Ssr(SelfTraining):
         parts = logits.chunk(2)
         loss = self.cross_entropy(parts[0], batch.source_label)
         return loss + self.cross_entropy(parts[1], mixed_label, mixed_weight) if begun else loss
+
+
+def _at_grid_of(other: Tensor, features: Tensor) -> Tensor:
+    """Features [B, D, h, w] on the grid of others: an encoder that resizes its input sees a crop in more tokens."""
+    if features.shape[-2:] == other.shape[-2:]:
+        return features
+    return F.interpolate(features, other.shape[-2:], mode="bilinear", align_corners=False)

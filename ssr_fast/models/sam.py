@@ -76,7 +76,13 @@ class SamConfig:
     """Give each feature channel zero mean and unit variance over the batch before the alignment."""
     features: str = "online"
     """online: every image is encoded in every step. cached_views: a source view and its mirror image are encoded when
-    they first come and kept in memory, for a few hundred images whose crops repeat; mixed images stay online."""
+    they first come and kept in memory, for a few hundred images whose crops repeat; mixed images stay online.
+    cached_full: whole images are encoded once, by `python -m ssr_fast.prepare features`, and their features are cut and
+    mirrored as the images are. That is another target than online, not a faster way to the same."""
+    mixed: str = "online"
+    """With cached_full, the features of mixed images. online: encoded in every step. composed: those of the source
+    where a source class is pasted, of the target elsewhere, by shares of a token: an approximation, which encodes
+    nothing, so that training needs no encoder."""
 
     def problems(self, where: str) -> list[str]:
         """Sentences about illegal values; empty if all is well."""
@@ -86,14 +92,16 @@ class SamConfig:
             found.append(
                 f"--{where}.encoder must be one of {', '.join(known)} or package.module:function (it is {self.encoder})"
             )
-        if self.encoder.startswith("vit_") and not self.checkpoint:
+        if self.encoder.startswith("vit_") and not self.checkpoint and self.features != "cached_full":
             found.append(
                 f"--{where}.checkpoint is missing: --{where}.encoder {self.encoder} needs segment-anything's file"
             )
         if self.checkpoint and not self.encoder.startswith("vit_"):
             found.append(f"--{where}.checkpoint has no effect with --{where}.encoder {self.encoder}: leave one out")
-        if self.features not in ("online", "cached_views"):
-            found.append(f"--{where}.features must be online or cached_views (it is {self.features})")
+        if self.features not in ("online", "cached_views", "cached_full"):
+            found.append(f"--{where}.features must be online, cached_views or cached_full (it is {self.features})")
+        if self.mixed not in ("online", "composed"):
+            found.append(f"--{where}.mixed must be online or composed (it is {self.mixed})")
         return found + self._size_problems(where) + self._attention_problems(where)
 
     def _size_problems(self, where: str) -> list[str]:
@@ -112,6 +120,10 @@ class SamConfig:
         if self.attention != "low_rank" and ":" in self.encoder:
             return [f"--{where}.attention has no effect with --{where}.encoder {self.encoder}: leave it out"]
         return []
+
+    def encodes(self, domains: str) -> bool:
+        """Whether training encodes any image itself; domains: which images are regularised, as `SsrConfig.domains`."""
+        return self.features != "cached_full" or (domains != "source" and self.mixed == "online")
 
 
 def build_vit(shape: SamShape) -> nn.Module:
@@ -182,17 +194,27 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def finish(self, features: Tensor) -> Tensor:
         """The encoder's output [B, D, h, w] of a whole batch -> what is aligned to, dense [B, h, w, D]."""
-        features = features.permute(0, 2, 3, 1)
-        if self.standardise:
-            std, mean = torch.std_mean(features.to(torch.float32), dim=(0, 1, 2), keepdim=True, correction=0)
-            features = ((features - mean) / (std + 1e-6)).to(features.dtype)
-        return features.contiguous()  # the kernels take rows; the encoder's convolutions end in planes
+        return alignment_target(features, self.standardise)
 
     @torch.no_grad()
     def channels(self) -> int:
         """D, measured on one blank image."""
         size = self.size or 64
         return int(self.encoder(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
+
+
+def alignment_target(features: Tensor, standardise: bool) -> Tensor:
+    """An encoder's features [B, D, h, w] of a whole batch -> what is aligned to, dense [B, h, w, D].
+
+    Args:
+        features: without gradient.
+        standardise: zero mean, unit variance per channel over the batch.
+    """
+    features = features.permute(0, 2, 3, 1)
+    if standardise:
+        std, mean = torch.std_mean(features.to(torch.float32), dim=(0, 1, 2), keepdim=True, correction=0)
+        features = ((features - mean) / (std + 1e-6)).to(features.dtype)
+    return features.contiguous()  # the kernels take rows; the encoder's convolutions end in planes
 
 
 def build_sam(config: SamConfig) -> FrozenEncoder:

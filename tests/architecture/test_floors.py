@@ -20,9 +20,9 @@ FLOORS = (
     ("engine",),
     ("config",),
     ("presets",),
-    ("options", "domains"),
+    ("options", "domains", "prepare_parts"),
     ("session", "commandline"),
-    ("arguments", "prepare_check", "prepare_masks"),
+    ("arguments", "prepare_check", "prepare_features", "prepare_masks"),
     ("train", "evaluate", "predict", "prepare", "export", "info"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

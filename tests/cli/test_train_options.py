@@ -119,6 +119,21 @@ def test_default_run_folders_are_numbered_and_a_given_one_is_not_overwritten(tmp
     assert "already holds a run" in line and "--resume" in line
 
 
+FULL = ["--sam.features=cached_full"]
+FROM_FOLDERS = ["gta5-cityscapes", "--data.source.root=a", "--data.target.root=b", *FULL]
+FROM_FOLDERS += ["--self_training.feature_distance=0"]
+
+
+def test_stored_features_alone_need_no_checkpoint():
+    for argv in (["--sam.mixed=composed"], ["--ssr.domains=source"]):
+        config = configure([*FROM_FOLDERS, "--run.dir=none", *argv])[0]
+        assert config.sam.encoder == "vit_b" and not config.sam.encodes(config.ssr.domains)
+        assert config.reads_features() == (("source", "target") if "mixed" in argv[0] else ("source",))
+    config = configure([*FROM_FOLDERS, "--run.dir=none", "--sam.checkpoint=x.pth"])[0]
+    assert config.sam.encodes("both") and config.reads_features() == ("source",)
+    assert configure(["--run.dir=none"])[0].reads_features() == ()
+
+
 def test_all_errors_at_once():
     found = lines(["--run.steps", "0", "--optim.lr", "-1", "--model.backbone", "mit_b9", "--data.crop", "8", "8"])
     for option in ("--run.steps", "--optim.lr", "--model.backbone", "--data.crop"):
@@ -139,6 +154,22 @@ def test_all_errors_at_once():
         (["--sam.checkpoint", "x.pth"], ["--sam.checkpoint", "no effect", "small"]),
         (["--sam.features", "cached"], ["--sam.features", "cached_views", "it is cached"]),
         (["--ssr.domains", "mixed"], ["--sam.features", "--ssr.domains mixed", "online"]),
+        (["--sam.mixed", "both"], ["--sam.mixed must be online or composed", "it is both"]),
+        (["--sam.mixed", "composed"], ["--sam.mixed composed", "cached_views", "give --sam.features cached_full"]),
+        ([*FULL, "--ssr.domains=source", "--sam.mixed=composed"], ["--sam.mixed composed has no effect"]),
+        ([*FULL, "--ssr.domains=source", "--sam.mixed=online"], ["--sam.mixed online has no effect"]),
+        ([*FULL, "--ssr.domains=mixed"], ["--ssr.domains mixed", "give --sam.mixed composed"]),
+        ([*FULL, "--data.source_features=x"], ["--data.source_features x has no effect", "made with the scenes"]),
+        ([*FULL, "--data.target_features=x"], ["--data.target_features x has no effect", "the target"]),
+        (["--data.source_features=x"], ["--data.source_features x has no effect", "by no method"]),
+        (["--method.name=self_training", "--sam.features=cached_full"], ["--sam.features has no effect"]),
+        (["--method.name=self_training", "--data.source_features=x"], ["--data.source_features x has no effect"]),
+        ([*FULL, "--sam.encoder=vit_b"], ["--sam.checkpoint is missing", "mixed images are encoded", "composed"]),
+        ([*FULL, "--sam.encoder=vit_b", "--sam.mixed=composed"], ["--sam.checkpoint is missing", "scenes are"]),
+        ([*FROM_FOLDERS, "--sam.checkpoint=x.pth", "--sam.mixed=composed"], ["--sam.checkpoint x.pth has no effect"]),
+        ([*FROM_FOLDERS, "--sam.checkpoint=x.pth", "--ssr.domains=source"], ["--sam.checkpoint x.pth has no effect"]),
+        ([*FROM_FOLDERS], ["--sam.checkpoint is missing", "mixed images are encoded"]),
+        (["--data.source.features=x"], ["--data.source.features", "did you mean --data.source_features"]),
         (["gta5-cityscapes", "--method.name", "supervised"], ["--data.source.root is missing"]),
         (["--run.device", "cuda:x" if torch.cuda.is_available() else "cuda"], ["--run.device"]),
         (["--resume", "/nowhere"], ["/nowhere", "no run directory"]),

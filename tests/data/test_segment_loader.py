@@ -42,7 +42,7 @@ def plan_of(index: Index, box: tuple[int, int] | None, crop: tuple[int, int] = (
 
 def dataset_of(index: Index, plan: Plan, store: SegmentStore | None, cache: bool = False) -> StepDataset:
     dataset = StepDataset(plan, index, index, cache=cache, segments=store)
-    dataset._source = lambda *_: (np.zeros((*plan.crop, 3), np.uint8), np.zeros(plan.crop, np.uint8))  # type: ignore
+    dataset._source = lambda *_: (np.zeros((*plan.crop, 3), np.uint8), np.zeros(plan.crop, np.uint8), None)  # type: ignore
     return dataset
 
 

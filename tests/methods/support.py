@@ -59,7 +59,16 @@ def make_source_free(seed=0, **options):
     return SourceFree(student, torch.ones(256), seed, SourceFreeConfig(**values), K).train()
 
 
-def make_method(name, seed=0, *, ssr=None, weights="none", model=None, features="online", **self_training):
+def with_features(batch, seed=0, grid=None, target=True):
+    """The batch with stored features, as the loader lays them out."""
+    generator = torch.Generator().manual_seed(seed)
+    count, height, width = batch.source_label.shape
+    shape = (2, count, *(grid or (height // 16, width // 16)), 6)
+    source, other = torch.randn(shape, generator=generator).permute(0, 1, 4, 2, 3)
+    return dataclasses.replace(batch, source_features=source, target_features=other if target else None)
+
+
+def make_method(name, seed=0, *, ssr=None, weights="none", model=None, features="online", sam=None, **self_training):
     values = {"feature_distance": 0.0, "threshold": 0.0, **self_training}
     return build_method(
         name,
@@ -68,9 +77,10 @@ def make_method(name, seed=0, *, ssr=None, weights="none", model=None, features=
         self_training=SelfTrainingConfig(**values),
         ssr=ssr or SsrConfig(),
         source_free=SourceFreeConfig(),
-        sam=SamConfig(encoder="tests.methods.support:tiny_encoder", features=features),
+        sam=SamConfig(**{"encoder": "tests.methods.support:tiny_encoder", "features": features, **(sam or {})}),
         classes=CLASSES,
         counts=[100, 50, 25, 13, 12],
         seed=seed,
         device=torch.device("cpu"),
+        feature_channels=6 if features == "cached_full" else None,
     )

@@ -1,0 +1,166 @@
+"""What the stores beside a data set have in common: a folder with store.json, which says what made it, and one file an
+image, at the image's path below the data set's root with a suffix of its own.
+
+Every file is written whole or not at all, and names the recipe that it was made by, so that two recipes never mix.
+"""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from ssr_fast.errors import UserError
+
+FILE = "store.json"
+TEMPORARY = ".tmp"  # below the store, so that a finished file only changes its name
+_VERSION = 1
+_STALE = 3600.0  # seconds after which a file there was left by a killed process: no file takes that long to write
+
+
+@dataclass(frozen=True)
+class StoreKind:
+    """What is kept: `content` in one word, which is also the store's folder in a data set's root, its `name` and the
+    `command` that makes it."""
+
+    content: str
+    name: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes the files of a store: the generator's name and every option that their content depends on."""
+
+    generator: str
+    options: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """Names the recipe, 16 characters; written into every file, so that files of two recipes never mix."""
+        content = [self.generator, dict(self.options), _VERSION]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return ", ".join([self.generator, *(f"{name} {value}" for name, value in sorted(self.options.items()))])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image.
+
+    Args:
+        image: its path.
+        kind: made, kept (a whole file was there) or failed.
+        message: why it failed, or why a file that was there was made again; a sentence, else empty.
+    """
+
+    image: Path
+    kind: Literal["made", "kept", "failed"]
+    message: str = ""
+
+
+def open_folder(kind: StoreKind, folder: str, root: Path, option: str) -> tuple[Path, Recipe]:
+    """Folder and recipe of the store that an option names.
+
+    Args:
+        kind: of the store.
+        folder: of the store; empty: the kind's in the data set's root.
+        root: of the data set (the layout's).
+        option: the option's name, for errors.
+
+    Raises:
+        UserError: there is no store, or its store.json is damaged.
+    """
+    path = Path(folder).expanduser() if folder else root / kind.content
+    if not (path / FILE).is_file():
+        out = f" --out {folder}" if folder else ""
+        raise UserError(f"--{option}: {path} is no {kind.name} (no {FILE}); make it with `{kind.command} {root}{out}`")
+    return path, _read_recipe(path / FILE, kind)
+
+
+def create_folder(kind: StoreKind, folder: Path | None, root: Path, recipe: Recipe, overwrite: bool) -> Path:
+    """The folder of a store (None: the kind's in the data set's root), made if there is none.
+
+    Raises:
+        UserError: the folder holds files of another recipe (and not `overwrite`), other things, or cannot be written.
+    """
+    folder = folder if folder is not None else root / kind.content
+    file = folder / FILE
+    if file.is_file() and not overwrite:
+        found = _read_recipe(file, kind)
+        if found != recipe:
+            raise UserError(
+                f"{folder} is a store of other {kind.content} ({found}, and now asked for: {recipe}); give another "
+                f"--out, or --overwrite to make them anew"
+            )
+    elif folder.is_dir() and not file.is_file() and any(path.name != TEMPORARY for path in folder.iterdir()):
+        raise UserError(f"{folder} holds other files and no {FILE}; give a new or empty folder as --out")
+    else:
+        content = {"version": _VERSION, "generator": recipe.generator, "options": dict(recipe.options)}
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        write_file(file, folder, lambda handle: handle.write(text.encode()))
+    _sweep(folder / TEMPORARY)
+    return folder
+
+
+def write_file(path: Path, store: Path, save: Callable[[IO[bytes]], object], to_disk: bool = False) -> None:
+    """Write below the store's temporary folder, then take the name: a killed process leaves no half file.
+
+    Args:
+        path: of the file.
+        store: folder of the store that it belongs to.
+        save: writes the content.
+        to_disk: wait until the content is on the disk before it takes the name. Without it a file that a power failure
+            cut short has to be found by its check sums.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    part = store / TEMPORARY / uuid.uuid4().hex
+    try:
+        for folder in (part.parent, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("xb") as file:
+                save(file)
+                if to_disk:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); check the folder's rights and its free space"
+        ) from error
+
+
+def _read_recipe(file: Path, kind: StoreKind) -> Recipe:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version, generator, options = content["version"], content["generator"], content["options"]
+        if not isinstance(generator, str) or not isinstance(options, dict):
+            raise ValueError("generator or options are missing")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{file} is damaged ({reason}); run `{kind.command}` with --overwrite for this store"
+        ) from error
+    if version != _VERSION:
+        raise UserError(f"{file} has version {version}, and this is {_VERSION}; make the store anew with --overwrite")
+    return Recipe(generator, options)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes have left."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        try:
+            if path.stat().st_mtime < time.time() - _STALE:
+                path.unlink()
+        except OSError:
+            continue  # another process has just finished or removed it
