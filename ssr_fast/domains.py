@@ -5,13 +5,17 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from ssr_fast.config import TrainConfig
 from ssr_fast.data.feature_jobs import make_features
-from ssr_fast.data.features import FeatureStore, create_features, open_features
+from ssr_fast.data.feature_map import grid_of
+from ssr_fast.data.features import FeatureShape, FeatureStore, create_features, open_features
 from ssr_fast.data.index import DomainConfig, Index, build_index, total_counts
 from ssr_fast.data.index_cache import Report
 from ssr_fast.data.labels import ClassSet
 from ssr_fast.data.plan import Plan
+from ssr_fast.data.residents import Residents, read_residents
 from ssr_fast.data.scenes import write_scenes
 from ssr_fast.data.segment_jobs import Task, make_maps
 from ssr_fast.data.segments import SegmentStore, create_store, open_store
@@ -19,7 +23,9 @@ from ssr_fast.data.superpixels import SuperpixelConfig, Superpixels
 from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
 from ssr_fast.engine.trainer import pick_device
 from ssr_fast.errors import UserError
+from ssr_fast.methods.ssr import StoredFeatures
 from ssr_fast.models.feature_maps import build_map_encoder, check_recipe, recipe
+from ssr_fast.models.resident_features import ResidentFeatures
 from ssr_fast.shipped import open_model
 
 SCENE_SUPERPIXELS = SuperpixelConfig(scale=60.0, sigma=1.0)
@@ -28,11 +34,11 @@ SCENE_SUPERPIXELS = SuperpixelConfig(scale=60.0, sigma=1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """The stored features that a run reads: D `channels`; `target` is None where only the source's are read."""
+    """The stored features that a run reads; `target` is None where only the source's are read."""
 
-    source: FeatureStore
-    target: FeatureStore | None
-    channels: int
+    source: FeatureStore | Residents
+    target: FeatureStore | Residents | None
+    shape: FeatureShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +188,26 @@ def _features(config: TrainConfig, found: dict[str, Index], report: Report) -> F
             f"{stores['source'].folder} and {stores['target'].folder} hold features of different encoders: make both "
             f"with the same weights"
         )
-    return Features(stores["source"], stores.get("target"), shapes["source"].channels)
+    return Features(stores["source"], stores.get("target"), shapes["source"])
+
+
+def stored_features(config: TrainConfig, domains: Domains, device: torch.device) -> tuple[Features, StoredFeatures]:
+    """Where the loader and the method find the stored features; with --sam.resident they are read and put on a device.
+
+    Raises:
+        UserError: a file is damaged, or the device's memory is too small.
+    """
+    assert domains.features is not None and domains.source is not None
+    features, resident, found = domains.features, {}, {}
+    if config.sam.resident:
+        rows = grid_of(config.data.crop[0], features.shape.stride)
+        for name, index in (("source", domains.source), ("target", domains.target)):
+            if isinstance(store := getattr(features, name), FeatureStore):
+                places, values, scales = read_residents(store, index.samples)
+                resident[name] = ResidentFeatures(values, scales, rows, device)
+                found[name] = places
+        features = Features(found["source"], found.get("target"), features.shape)
+    return features, StoredFeatures(features.shape.channels, config.sam.standardise, resident)
 
 
 def _scene_features(config: TrainConfig, name: str, index: Index, report: Report) -> FeatureStore:

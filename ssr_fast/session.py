@@ -16,7 +16,7 @@ from rich.console import Console
 from ssr_fast.config import TrainConfig
 from ssr_fast.data.index_cache import Report
 from ssr_fast.data.labels import ClassSet
-from ssr_fast.domains import load, open_domains
+from ssr_fast.domains import load, open_domains, stored_features
 from ssr_fast.engine import fork_server
 from ssr_fast.engine.apex import check_fused
 from ssr_fast.engine.attention import check_attention, check_sam_attention
@@ -187,7 +187,9 @@ class Session:
         """
         stage, several = STAGE_NAMES[name], len(self.config.stages()) > 1
         config, shared = self.config, self._shared_steps()
-        features = self.domains.features if name == "ssr" else None
+        features, stored = None, None
+        if name == "ssr" and self.domains.features is not None:
+            features, stored = stored_features(config, self.domains, self.device)
         method = build_method(
             name,
             method=config.method,
@@ -200,7 +202,7 @@ class Session:
             counts=self.domains.source_counts(),
             seed=config.run.seed,
             device=self.device,
-            feature_channels=None if features is None else features.channels,
+            stored=stored,
         )
         wrap(method, config.run, self.precision)
         store, log = self._records(stage)

@@ -3,6 +3,7 @@
 h w tokens, D channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,18 +65,36 @@ class FeatureMap:
         Returns:
             float32 [h, w, D].
         """
-        geometry = self.geometry
-        places = [
-            _centres(crop[axis], corner[1 - axis], size[1 - axis], geometry.seen[1 - axis], geometry.stride)
-            for axis in (0, 1)
-        ]
-        (top, down, row_weight), (left, right, column_weight) = (
-            _neighbours(place, count) for place, count in zip(places, self.values.shape, strict=False)
+        (top, down, row_weight), (left, right, column_weight) = taps(
+            self.geometry, self.values.shape, size, corner, crop
         )
         part = self.dense(slice(top[0], down[-1] + 1), slice(left[0], right[-1] + 1))
         part = _blend(part, top - top[0], down - top[0], row_weight[:, None, None], 0)
         part = _blend(part, left - left[0], right - left[0], column_weight[None, :, None], 1)
         return np.ascontiguousarray(part[:, ::-1] if flip else part)
+
+
+Taps = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]
+"""Of each place along an axis: the stored token below, the one above, and the weight of that."""
+
+
+def taps(
+    geometry: Geometry, shape: Sequence[int], size: tuple[int, int], corner: tuple[int, int], crop: tuple[int, int]
+) -> tuple[Taps, Taps]:
+    """Which stored tokens make those of a view, along rows and along columns.
+
+    Args:
+        shape: (h, w, ...) of what is stored.
+        geometry, size, corner, crop: see FeatureMap.cut.
+    """
+    rows, columns = (
+        _neighbours(
+            _centres(crop[axis], corner[1 - axis], size[1 - axis], geometry.seen[1 - axis], geometry.stride),
+            shape[axis],
+        )
+        for axis in (0, 1)
+    )
+    return rows, columns
 
 
 def grid_of(pixels: int, stride: int) -> int:
@@ -93,9 +112,7 @@ def _centres(crop: int, corner: int, size: int, seen: int, stride: int) -> NDArr
     return twice / (2 * n * stride * size) - 0.5
 
 
-def _neighbours(
-    places: NDArray[np.float64], count: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+def _neighbours(places: NDArray[np.float64], count: int) -> Taps:
     """The tokens below and above each place, of `count`, and the weight of those above."""
     places = places.clip(0, count - 1)
     low = np.floor(places).astype(np.int64)

@@ -20,6 +20,7 @@ from ssr_fast.data.features import FeatureStore
 from ssr_fast.data.images import read_image
 from ssr_fast.data.index import DomainConfig, Index
 from ssr_fast.data.plan import Plan, SamplingConfig, View, acceptable
+from ssr_fast.data.residents import Residents
 from ssr_fast.data.scenes import ScenesConfig
 from ssr_fast.data.segments import SegmentStore
 from ssr_fast.errors import UserError
@@ -109,6 +110,8 @@ class Batch:
             crops (cached_views), or crops of the whole images' (cached_full).
         target_features: float32 [B, D, h, w], crops of the features of the whole target images, where a store of them
             is read.
+        source_places, target_places: float64 [B, h + w, 3], in place of these features, which tokens of the resident
+            ones (data/residents.py) they are made of.
         target_segments: int32 [B, H, W], ids of the target's segments, each image's its own, where a method learns from
             them; 0 where there is no segment, and outside of the image.
     """
@@ -120,6 +123,8 @@ class Batch:
     source_features: Tensor | None = None
     target_segments: Tensor | None = None
     target_features: Tensor | None = None
+    source_places: Tensor | None = None
+    target_places: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device, without waiting for the copies."""
@@ -143,7 +148,8 @@ class StepDataset(Dataset[Batch]):
         rank, world: of this process.
         cache: keep decoded and resized images, labels and segments.
         segments: of the target; None leaves `target_segments` None.
-        source_features, target_features: stores of whole images' features; None leaves these parts of a batch None.
+        source_features, target_features: stores of whole images' features, or where these are in another memory; None
+            leaves these parts of a batch None.
     """
 
     def __init__(
@@ -155,8 +161,8 @@ class StepDataset(Dataset[Batch]):
         world: int = 1,
         cache: bool = False,
         segments: SegmentStore | None = None,
-        source_features: FeatureStore | None = None,
-        target_features: FeatureStore | None = None,
+        source_features: FeatureStore | Residents | None = None,
+        target_features: FeatureStore | Residents | None = None,
     ) -> None:
         self.plan, self.source, self.target = plan, source, target
         self.rank, self.world, self.segments = rank, world, segments
@@ -171,23 +177,20 @@ class StepDataset(Dataset[Batch]):
         if self.segments is not None:
             cuts = [self._target_segments(view, self.segments) for view in plan.target]
             segments = torch.from_numpy(np.stack(cuts).astype(np.int32))  # PyTorch does next to nothing in uint16
-        target_features = None
+        features = {"source": [features for _, _, features in source if features is not None]}
         if self.target_features is not None:
-            parts = [self._features(view, view.corners[0], self.target, self.target_features) for view in plan.target]
-            target_features = _planes(parts)
+            of_target = self.target_features
+            features["target"] = [self._features(view, view.corners[0], self.target, of_target) for view in plan.target]
         return Batch(
             _stack([image for image, _, _ in source], (*self.plan.crop, 3)),
             _stack([label for _, label, _ in source], self.plan.crop),
             torch.from_numpy(np.stack([image for image, _ in target])),
             torch.from_numpy(np.stack([valid for _, valid in target])),
-            source_features=_planes([features for _, _, features in source if features is not None]),
             target_segments=segments,
-            target_features=target_features,
+            **{name: value for domain, parts in features.items() for name, value in _named(domain, parts)},
         )
 
-    def _source(
-        self, view: View, index: Index
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32] | None]:
+    def _source(self, view: View, index: Index) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[Any] | None]:
         """The first candidate crop that satisfies the view's conditions, else the last: image, label, features."""
         image, label = self._image(index, view), self._label(index, view)
         size = self.plan.crop
@@ -216,9 +219,13 @@ class StepDataset(Dataset[Batch]):
         segments = self._kept((sample.image, 2), read)
         return crop_label(segments, view.corners[0], self.plan.crop, view.flip, outside=0)
 
-    def _features(self, view: View, corner: tuple[int, int], index: Index, store: FeatureStore) -> NDArray[np.float32]:
-        """The stored features of a view [h, w, D], cut and flipped as its image is."""
+    def _features(
+        self, view: View, corner: tuple[int, int], index: Index, store: FeatureStore | Residents
+    ) -> NDArray[Any]:
+        """The stored features of a view [h, w, D], cut and flipped as its image is, or where they are."""
         sample = index.samples[view.index]
+        if isinstance(store, Residents):
+            return store.places(sample.image, view.size, corner, self.plan.crop, view.flip)
         key = str(store.path(sample.image)), 3
         stored = self._kept(key, lambda: store.read(sample.image, (sample.width, sample.height)))
         return stored.cut(view.size, corner, self.plan.crop, view.flip)
@@ -249,9 +256,16 @@ def _stack(arrays: list[NDArray[np.uint8]], shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty((0, *shape), dtype=torch.uint8)
 
 
-def _planes(features: list[NDArray[np.float32]]) -> Tensor | None:
-    """Features [h, w, D] a view -> [B, D, h, w], channels-last in memory; None of none."""
-    return torch.from_numpy(np.stack(features)).permute(0, 3, 1, 2) if features else None
+def _named(domain: str, views: list[NDArray[Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Features [h, w, D] of each view -> [B, D, h, w], channels-last in memory, or their places, under a batch's name;
+    nothing of none."""
+    if views:
+        together = torch.from_numpy(np.stack(views))
+        yield (
+            (f"{domain}_places", together)
+            if together.ndim == 3
+            else (f"{domain}_features", together.permute(0, 3, 1, 2))
+        )
 
 
 class _Reported(Dataset[Batch | UserError]):

@@ -30,14 +30,14 @@ def build_method(
     counts: Sequence[int],
     seed: int,
     device: torch.device,
-    feature_channels: int | None = None,
+    stored: StoredFeatures | None = None,
 ) -> Method:
     """Build the nets of a method on a device, in training mode; equal options give bit-equal weights.
 
     Args:
         name: one of METHODS (`method.name` may list a preset's other stages).
         counts: source pixels of each class, for the class weights.
-        feature_channels: channels of the stored features that batches bring; None if they bring none.
+        stored: what batches bring features of; None if they bring none.
 
     Raises:
         UserError: weights that cannot be read, or are of another model or of other classes.
@@ -73,7 +73,7 @@ def build_method(
             ViewCache(encoder) if encoder is not None and sam.features == "cached_views" else None,
             classes.things,
             reference,
-            stored=StoredFeatures(feature_channels, sam.standardise) if feature_channels is not None else None,
+            stored=stored,
         )
     return built.to(device).train()
 

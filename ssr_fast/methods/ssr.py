@@ -4,7 +4,8 @@ B batch, H W pixels, h w feature pixels, D encoder channels.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from ssr_fast.methods.mixing import compose
 from ssr_fast.methods.regularisers import POINTS, CosineAlignment, Injection, seeded
 from ssr_fast.methods.self_training import Mixed, SelfTraining, SelfTrainingConfig
 from ssr_fast.models.feature_cache import ViewCache
+from ssr_fast.models.resident_features import ResidentFeatures
 from ssr_fast.models.sam import FrozenEncoder, alignment_target
 from ssr_fast.models.segmentor import Segmentor, SegmentorOutput
 
@@ -70,10 +72,12 @@ class StoredFeatures:
     Attributes:
         channels: D.
         standardise: give each channel zero mean and unit variance over the batch.
+        resident: what cuts views out of features on the device, by domain; batches then bring places.
     """
 
     channels: int
     standardise: bool
+    resident: Mapping[str, ResidentFeatures] = field(default_factory=dict)
 
 
 class Ssr(SelfTraining):
@@ -109,7 +113,7 @@ class Ssr(SelfTraining):
         if stored is None:
             assert encoder is not None, "features come from the encoder or with the batches"
             stored = StoredFeatures(encoder.channels(), encoder.standardise)
-        self.standardise = stored.standardise
+        self.standardise, self.resident = stored.standardise, nn.ModuleDict(stored.resident)
         points = ssr.chosen_points()
         dims, heads = student.backbone.shape.dims, student.backbone.shape.heads
         if ssr.regulariser == "cosine":
@@ -150,6 +154,12 @@ class Ssr(SelfTraining):
         if self.views is None:
             return batch
         return dataclasses.replace(batch, source_features=self.views(batch.source_image))
+
+    def compute(self, batch: Batch, begun: bool) -> dict[str, Tensor]:
+        """Features that are on the device are cut first."""
+        places = {"source": batch.source_places, "target": batch.target_places}
+        found = {f"{name}_features": self.resident[name](at) for name, at in places.items() if at is not None}
+        return super().compute(dataclasses.replace(batch, **found), begun)
 
     def regularise(
         self, batch: Batch, source: Tensor, mixed: Mixed | None, output: SegmentorOutput, begun: bool

@@ -11,7 +11,7 @@ from ssr_fast.methods.build import build_method
 from ssr_fast.methods.method import MethodConfig
 from ssr_fast.methods.self_training import SelfTrainingConfig
 from ssr_fast.methods.source_free import SourceFree, SourceFreeConfig
-from ssr_fast.methods.ssr import SsrConfig
+from ssr_fast.methods.ssr import SsrConfig, StoredFeatures
 from ssr_fast.models.sam import SamConfig
 from ssr_fast.models.segmentor import ModelConfig, build_segmentor
 
@@ -82,5 +82,5 @@ def make_method(name, seed=0, *, ssr=None, weights="none", model=None, features=
         counts=[100, 50, 25, 13, 12],
         seed=seed,
         device=torch.device("cpu"),
-        feature_channels=6 if features == "cached_full" else None,
+        stored=StoredFeatures(6, bool((sam or {}).get("standardise"))) if features == "cached_full" else None,
     )
