@@ -2,15 +2,19 @@
 
 import copy
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from ssr_fast.engine import graphs
+from ssr_fast.engine.step import TrainStep
 from ssr_fast.engine.trainer import RunConfig
-from tests.engine.graph_support import METHODS, START, STEPS, check_equal, everything, make_step, run
+from ssr_fast.models.resident_features import ResidentFeatures
+from tests.engine.graph_support import METHODS, OPTIM, START, STEPS, check_equal, everything, make_step, run
 from tests.engine.recorder import record
-from tests.methods.support import make_batch
+from tests.methods.support import make_batch, make_method
 
 
 def nothing(line):
@@ -106,3 +110,28 @@ def test_where_nothing_can_be_captured_the_run_goes_on_eagerly_and_says_why():
 
 def test_the_option():
     assert "--run.graph must be auto or off (it is on)" in RunConfig(graph="on").problems("run")[0]
+
+
+def with_places(batch, seed):
+    """A batch that says which of 40 resident tokens its features are made of, on a grid of 4 x 6."""
+    generator = torch.Generator().manual_seed(seed)
+    places = [torch.randint(0, 20, (2, 10, 2), generator=generator), torch.rand(2, 10, 1, generator=generator)]
+    found = torch.cat([part.double() for part in places], 2)
+    return replace(batch, source_places=found, target_places=found.flip(0))
+
+
+def test_features_that_are_cut_on_the_device_are_cut_anew_in_each_replay():
+    steps = []
+    for _ in range(2):
+        method = make_method("ssr", features="cached_full", sam={"mixed": "composed"}, start_step=START)
+        values = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float16)
+        for name in ("source", "target"):
+            method.resident[name] = ResidentFeatures(values, None, 4, torch.device("cpu"))
+        steps.append(TrainStep(method, OPTIM, STEPS))
+    one, other = steps
+    call = graphed(one)
+    for number in range(STEPS):
+        batch = with_places(make_batch(seed=number), number)
+        ours, theirs = call(batch, number), other(batch, number)
+        assert torch.equal(ours["loss"], theirs["loss"]) and ours["loss/cosine"] > 0.1
+    check_equal(one, other, [], [])
