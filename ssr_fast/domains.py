@@ -65,6 +65,14 @@ class Domains:
         """Source pixels of each class; empty without a source."""
         return [] if self.source is None else [int(count) for count in total_counts(self.source.samples)]
 
+    def recipes(self) -> dict[str, str]:
+        """What made each store that a run reads, by the option that names it."""
+        stores: dict[str, SegmentStore | FeatureStore | Residents | None] = {"data.segments": self.segments}
+        if self.features is not None:
+            stores |= {"data.source_features": self.features.source, "data.target_features": self.features.target}
+        kept = (SegmentStore, FeatureStore)
+        return {option: str(store.recipe) for option, store in stores.items() if isinstance(store, kept)}
+
     def __str__(self) -> str:
         indices = {"source": self.source, "target": self.target, "evaluation": self.evaluation}
         return ", ".join(f"{len(index.samples)} {name}" for name, index in indices.items() if index) + " images"

@@ -77,6 +77,7 @@ class Session:
             if self._in_processes():
                 fork_server.start(__name__)  # while this process checks the data
         self.domains = open_domains(config, self.folder, report)
+        self._check_stores()
         self.classes = self.domains.classes
         self.evaluator = self._evaluator()
         self.summary = self._read_summary()
@@ -280,6 +281,25 @@ class Session:
             raise UserError(
                 f"--run.dir {self.folder} cannot be written ({error.strerror}): give a folder that you may write to"
             ) from error
+
+    def _check_stores(self) -> None:
+        """Remember what made the stores that the run reads.
+
+        Raises:
+            UserError: a resumed run's are others than it began with, so that it would not go on as it began.
+        """
+        file, now = self.folder / "stores.json", self.domains.recipes()
+        if not (self.resume and file.is_file()):
+            if now:
+                write_text(file, json.dumps(now, indent=1))
+            return
+        began: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        for option, recipe in now.items():
+            if began.get(option) != recipe:
+                raise UserError(
+                    f"--{option}: the run in {self.folder} began with {began.get(option)}, and the store is now of "
+                    f"{recipe}; make the store as it was, or start in a new run directory"
+                )
 
     def _read_summary(self) -> dict[str, Any]:
         path = self.folder / "summary.json"

@@ -96,7 +96,7 @@ def test_from_folders_with_any_number_of_workers_and_resumed(folders, tmp_path, 
     def built(*_):
         raise AssertionError("the encoder is built")
 
-    monkeypatch.setattr(sam, "build_vit", built)
+    monkeypatch.setattr(sam, "SamEncoder", built)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main([*options, "--data.workers=0", "--run.dir", str(whole)]) == 0
     with monkeypatch.context() as patched:
@@ -105,6 +105,21 @@ def test_from_folders_with_any_number_of_workers_and_resumed(folders, tmp_path, 
     assert main(["--resume", str(parts)]) == 0
     check_equal(parts, whole)
     assert all(np.isfinite(row["loss"]) for row in rows(whole) if "loss" in row)
+
+
+def test_a_store_that_was_made_anew_with_other_options_is_noticed_at_resume(folders, tmp_path, monkeypatch, capsys):
+    scenes, options = folders
+    for name in ("source", "target"):
+        assert prepare_features(scenes / name, "--sam.encoder=small", "--dtype=int8") == 0
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 4)
+        assert main([*options, *COMPOSED, "--run.dir", str(run)]) == 3
+    assert prepare_features(scenes / "target", "--sam.encoder=small", "--dtype=fp16", "--overwrite") == 0
+    with pytest.raises(UserError, match=r"^--data.target_features: .+ dtype int8.+ is now of .+ dtype fp16.+ new run"):
+        main(["--resume", str(run)])
+    assert prepare_features(scenes / "target", "--sam.encoder=small", "--dtype=int8", "--overwrite") == 0
+    assert main(["--resume", str(run)]) == 0
 
 
 def fabricate(root, weights="w", size=1024, encoder="vit_b", channels=256):
@@ -126,7 +141,7 @@ def test_sams_checkpoint_is_not_needed_to_train(folders, tmp_path, monkeypatch):
     def built(*_):
         raise AssertionError("the encoder is built")
 
-    monkeypatch.setattr(sam, "build_vit", built)
+    monkeypatch.setattr(sam, "SamEncoder", built)
     monkeypatch.setattr(feature_maps, "weights_digest", built)
     assert main([*options, *COMPOSED, "--sam.encoder=vit_b", "--run.dir", str(tmp_path / "run")]) == 0
 
