@@ -128,15 +128,20 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device, without waiting for the copies."""
-        return self._each(lambda part: part.to(device, non_blocking=True))
+        return self.each(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader: page-locked copies make `to` asynchronous."""
-        return self._each(Tensor.pin_memory)
+        return self.each(Tensor.pin_memory)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with every tensor changed."""
+        return replace(self, **{name: change(part) for name, part in self.parts().items()})
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that it has, by name."""
         parts = {part.name: getattr(self, part.name) for part in fields(self)}
-        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 class StepDataset(Dataset[Batch]):

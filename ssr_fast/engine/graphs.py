@@ -5,7 +5,7 @@ writes those before each replay), the batch is copied into tensors that stay, an
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class GraphedStep:
 
     def _try(self, batch: Batch, begun: bool, step: int) -> _Captured | None:
         """The graph of a step, or None and a line that says why."""
-        kept = _clone(batch)
+        kept = batch.each(Tensor.clone)
         try:
             replay, terms = self._capture(lambda: self._step.compute(kept, begun))
         except RuntimeError as error:
@@ -111,20 +111,11 @@ def on_cuda(step: TrainStep, device: torch.device, report: Callable[[str], None]
     return GraphedStep(step, capture, eager, report)
 
 
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    named = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
-
-
 def _shapes(batch: Batch) -> Hashable:
-    return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(batch).items())
-
-
-def _clone(batch: Batch) -> Batch:
-    return replace(batch, **{name: tensor.clone() for name, tensor in _tensors(batch).items()})
+    return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in batch.parts().items())
 
 
 def _copy(batch: Batch, into: Batch) -> None:
-    kept = _tensors(into)
-    for name, tensor in _tensors(batch).items():
+    kept = into.parts()
+    for name, tensor in batch.parts().items():
         kept[name].copy_(tensor, non_blocking=True)

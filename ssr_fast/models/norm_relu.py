@@ -1,7 +1,8 @@
 """BatchNorm and ReLU in training, of which only the input is kept for the backward pass.
 
-What comes out is computed again there, bit-equal: two more reads and a write of a map, for a map less that is held.
-A pointwise convolution that follows is taken in, as it would keep the map for itself.
+What comes out is computed again there, bit-equal: two reads and a write of a map, and a read and a write for the ReLU
+where a pointwise convolution follows, for a map less that is held. That convolution is taken in, as it would keep the
+map for itself.
 
 B batch, C channels, E channels of the convolution, h w feature pixels.
 """
@@ -66,9 +67,9 @@ class _NormRelu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mixer = ctx.saved_tensors
         y, statistics = _normalised(x, weight, bias, (None, None), 0.0, ctx.eps, ctx.splits)
-        y.relu_()
         grad, mixer_grad = grads[0], None
         if mixer is not None:
+            y.relu_()
             wanted = [True, ctx.needs_input_grad[8], False]
             stride, padding, dilation, transposed, groups = [1, 1], [0, 0], [1, 1], False, 1
             how = (stride, padding, dilation, transposed, padding, groups)

@@ -47,10 +47,11 @@ def test_equals_the_modules_bit_for_bit(dtype, splits, channels_last, mixed, see
         grads = torch.autograd.grad(out, leaves, upstream)
         results.append([out, *grads, norm.running_mean.clone(), norm.running_var.clone()])
         assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    for mine, theirs in zip(*results, strict=True):
-        if splits <= 2:
-            assert torch.equal(mine, theirs)
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)  # of more parts, sums have another order
+    for number, (mine, theirs) in enumerate(zip(*results, strict=True)):
+        if number in (2, 3) and splits > 2:  # gradients of scale and shift: of more parts, the sum has another order
+            assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
+        else:
+            assert torch.equal(mine, theirs), number
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -95,6 +96,6 @@ def test_on_a_gpu(dtype, seed):
         out = function(x, norm, mixer)
         grads = torch.autograd.grad(out, [x, norm.weight, norm.bias, mixer], torch.ones_like(out))
         both.append([out, *grads, norm.running_mean.clone(), norm.running_var.clone()])
-    bound = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-1}
+    bound = 1e-5 if dtype == torch.float32 else 1e-2
     for mine, theirs in zip(*both, strict=True):
-        torch.testing.assert_close(mine, theirs, **bound)
+        assert (mine - theirs).float().norm() <= bound * theirs.float().norm()
