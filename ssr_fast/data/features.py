@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ssr_fast.data.feature_map import FeatureMap, Geometry
 from ssr_fast.data.images import BadFile
 from ssr_fast.data.index import Sample
-from ssr_fast.data.stores import Recipe, StoreKind, create_folder, open_folder, write_file
+from ssr_fast.data.stores import Recipe, Store, StoreKind, create_folder, open_folder, write_file
 from ssr_fast.errors import UserError
 
 COMMAND = "python -m ssr_fast.prepare features"
@@ -40,24 +40,11 @@ class FeatureShape:
     stride: int
 
 
-@dataclass(frozen=True)
-class FeatureStore:
-    """The features of one data set; made by `open_features` or `create_features`.
+class FeatureStore(Store[FeatureMap]):
+    """The features of one data set; made by `open_features` or `create_features`. Its recipe's option `dtype` is one of
+    DTYPES."""
 
-    Args:
-        folder: of the store.
-        root: of the data set (the layout's), which the images' paths start with.
-        recipe: what makes the features; its option `dtype` is one of DTYPES.
-    """
-
-    folder: Path
-    root: Path
-    recipe: Recipe
-
-    def path(self, image: Path | str) -> Path:
-        """The file of an image's features."""
-        relative = Path(image).relative_to(self.root)
-        return self.folder / relative.with_name(relative.name + ".features")
+    suffix = ".features"
 
     def read(self, image: Path | str, size: tuple[int, int] | None = None) -> FeatureMap:
         """An image's features.
@@ -74,14 +61,6 @@ class FeatureStore:
             return self._decode(image, size)
         except BadFile as error:
             raise UserError(self._advised(error)) from error
-
-    def problem(self, image: Path | str, size: tuple[int, int]) -> str | None:
-        """What is wrong with an image's file, as a predicate; None if it is whole and of this size and recipe."""
-        try:
-            self._decode(image, size)
-        except BadFile as error:
-            return error.problem
-        return None
 
     def require(self, samples: Sequence[Sample]) -> FeatureShape:
         """Look for the features of every sample: there, whole in length, of its image's size (`read` finds damage).

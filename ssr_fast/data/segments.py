@@ -8,7 +8,6 @@ H W pixels, S segments.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ssr_fast.data.images import BadFile, opened
 from ssr_fast.data.index import Sample
-from ssr_fast.data.stores import Recipe, StoreKind, create_folder, open_folder, write_file
+from ssr_fast.data.stores import Recipe, Store, StoreKind, create_folder, open_folder, write_file
 from ssr_fast.errors import UserError
 
 MAX_SEGMENTS = 65535
@@ -32,24 +31,10 @@ _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _KEY = "ssr_fast"  # the PNG text that ties a map to its store's recipe
 
 
-@dataclass(frozen=True)
-class SegmentStore:
-    """The maps of one data set; made by `open_store` or `create_store`.
+class SegmentStore(Store[NDArray[np.uint16]]):
+    """The maps of one data set; made by `open_store` or `create_store`."""
 
-    Args:
-        folder: of the store.
-        root: of the data set (the layout's), which the images' paths start with.
-        recipe: what makes the maps.
-    """
-
-    folder: Path
-    root: Path
-    recipe: Recipe
-
-    def path(self, image: Path | str) -> Path:
-        """The map of an image."""
-        relative = Path(image).relative_to(self.root)
-        return self.folder / relative.with_name(relative.name + ".png")
+    suffix = ".png"
 
     def read(self, image: Path | str, size: tuple[int, int] | None = None) -> NDArray[np.uint16]:
         """An image's segments, uint16 [H, W], 0 where there is none.
@@ -66,14 +51,6 @@ class SegmentStore:
             return self._decode(image, size)
         except BadFile as error:
             raise UserError(f"the segment map {error.path} {error.problem}; run `{COMMAND} {self.root}`") from error
-
-    def problem(self, image: Path | str, size: tuple[int, int]) -> str | None:
-        """What is wrong with an image's map, as a predicate; None if it is whole and of this size and recipe."""
-        try:
-            self._decode(image, size)
-        except BadFile as error:
-            return error.problem
-        return None
 
     def require(self, samples: Sequence[Sample]) -> None:
         """Look for the map of every sample: there and of its image's size (`read` finds damage).

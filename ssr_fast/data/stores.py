@@ -12,10 +12,12 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, ClassVar, Generic, Literal, TypeVar
 
+from ssr_fast.data.images import BadFile
 from ssr_fast.errors import UserError
 
+_Content = TypeVar("_Content")
 FILE = "store.json"
 TEMPORARY = ".tmp"  # below the store, so that a finished file only changes its name
 _VERSION = 1
@@ -47,6 +49,43 @@ class Recipe:
 
     def __str__(self) -> str:
         return ", ".join([self.generator, *(f"{name} {value}" for name, value in sorted(self.options.items()))])
+
+
+@dataclass(frozen=True)
+class Store(Generic[_Content]):
+    """The files of one data set.
+
+    Args:
+        folder: of the store.
+        root: of the data set (the layout's), which the images' paths start with.
+        recipe: what makes the files.
+    """
+
+    folder: Path
+    root: Path
+    recipe: Recipe
+    suffix: ClassVar[str]
+
+    def path(self, image: Path | str) -> Path:
+        """The file of an image."""
+        relative = Path(image).relative_to(self.root)
+        return self.folder / relative.with_name(relative.name + self.suffix)
+
+    def problem(self, image: Path | str, size: tuple[int, int]) -> str | None:
+        """What is wrong with an image's file, as a predicate; None if it is whole and of this size and recipe."""
+        try:
+            self._decode(image, size)
+        except BadFile as error:
+            return error.problem
+        return None
+
+    def _decode(self, image: Path | str, size: tuple[int, int] | None) -> _Content:
+        """What an image's file holds.
+
+        Raises:
+            BadFile: it is missing, damaged, of an image of another size (None takes any) or of another recipe.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
