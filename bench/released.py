@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from bench.draws import Draws, HostDraws
 from ssr_fast.data.augment import normalise_batch, strong_augment
+from ssr_fast.data.batch import Batch
 from ssr_fast.data.labels import IGNORE
-from ssr_fast.data.torch_loader import Batch
 from ssr_fast.engine.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 from ssr_fast.methods.self_training import SelfTraining
 from ssr_fast.models import heads, mit

@@ -16,7 +16,7 @@ from bench.measure import Timing
 from bench.peaks import Peak
 from bench.variants import LOOP, RELEASED, VARIANTS, Step, Variant, as_released
 from bench.workload import STEPS, Workload
-from ssr_fast.data.torch_loader import Batch
+from ssr_fast.data.batch import Batch
 
 BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest relative difference of a right row's losses from the released loop's, by the row's activations."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench import released
 from bench.draws import CounterDraws, HostDraws
-from ssr_fast.data.torch_loader import Batch
+from ssr_fast.data.batch import Batch
 from ssr_fast.engine.graphs import WARM_UP, on_cuda
 from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.step import TrainStep

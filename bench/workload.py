@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.ledger.recipes import MODEL, CountedStep
+from ssr_fast.data.batch import Batch
 from ssr_fast.data.labels import CITYSCAPES
 from ssr_fast.data.scenes import NAMES, ScenesConfig, draw_scene
-from ssr_fast.data.torch_loader import Batch
 from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.methods.method import class_weights
 from ssr_fast.methods.self_training import SelfTraining, SelfTrainingConfig

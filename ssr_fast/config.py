@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ssr_fast.data.torch_loader import DataConfig
+from ssr_fast.data.loader import DataConfig
 from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.trainer import RunConfig
 from ssr_fast.eval.inference import InferenceConfig

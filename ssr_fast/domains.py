@@ -8,19 +8,23 @@ from pathlib import Path
 import torch
 
 from ssr_fast.config import TrainConfig
+from ssr_fast.data.batch import Batch
+from ssr_fast.data.cache import Report
 from ssr_fast.data.feature_jobs import make_features
 from ssr_fast.data.feature_map import grid_of
 from ssr_fast.data.features import FeatureShape, FeatureStore, create_features, open_features
 from ssr_fast.data.index import DomainConfig, Index, build_index, total_counts
-from ssr_fast.data.index_cache import Report
 from ssr_fast.data.labels import ClassSet
 from ssr_fast.data.plan import Plan
 from ssr_fast.data.residents import Residents, read_residents
 from ssr_fast.data.scenes import write_scenes
 from ssr_fast.data.segment_jobs import Task, make_maps
 from ssr_fast.data.segments import SegmentStore, create_store, open_store
+from ssr_fast.data.store import ImageStore
+from ssr_fast.data.store_index import require_originals
+from ssr_fast.data.stores import Store
 from ssr_fast.data.superpixels import SuperpixelConfig, Superpixels
-from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
+from ssr_fast.data.torch_loader import StepDataset, load_steps
 from ssr_fast.engine.trainer import pick_device
 from ssr_fast.errors import UserError
 from ssr_fast.methods.ssr import StoredFeatures
@@ -58,7 +62,7 @@ class Domains:
     target: Index
     evaluation: Index | None
     classes: ClassSet
-    segments: SegmentStore | None
+    segments: SegmentStore | ImageStore | None
     features: Features | None
 
     def source_counts(self) -> list[int]:
@@ -66,12 +70,19 @@ class Domains:
         return [] if self.source is None else [int(count) for count in total_counts(self.source.samples)]
 
     def recipes(self) -> dict[str, str]:
-        """What made each store that a run reads, by the option that names it."""
-        stores: dict[str, SegmentStore | FeatureStore | Residents | None] = {"data.segments": self.segments}
+        """What made each store whose content cannot be had again from the originals, by the option that names it."""
+        stores: dict[str, object] = {"data.segments": self.segments}
         if self.features is not None:
             stores |= {"data.source_features": self.features.source, "data.target_features": self.features.target}
-        kept = (SegmentStore, FeatureStore)
-        return {option: str(store.recipe) for option, store in stores.items() if isinstance(store, kept)}
+        kept = {option: store for option, store in stores.items() if isinstance(store, Store)}
+        found = {option: str(store.recipe) for option, store in kept.items()}
+        for name, index in {"source": self.source, "target": self.target}.items():
+            store = index.layout.store if index is not None else None
+            if store is not None and store.is_jpeg:  # pixels of their own; those of a raw store are the originals'
+                found[f"data.{name}.root"] = str(store.recipe)
+        if isinstance(self.segments, ImageStore):
+            found["data.segments"] = str(self.segments.recipe.options["segments"])
+        return found
 
     def __str__(self) -> str:
         indices = {"source": self.source, "target": self.target, "evaluation": self.evaluation}
@@ -122,11 +133,14 @@ def _index(name: str, domain: DomainConfig, target: DomainConfig, report: Report
         UserError: it cannot be used.
     """
     try:
-        return build_index(domain, name != "target", f"data.{name}", report=report)
+        index = build_index(domain, name != "target", f"data.{name}", report=report)
     except UserError as error:
         if name == "evaluation" and domain.root == target.root:  # perhaps nobody has labelled the target
             raise UserError(f"{error}; --data.evaluation null trains without labelled target images") from error
         raise
+    if name == "evaluation":
+        require_originals(index, "data.evaluation")
+    return index
 
 
 def load(
@@ -156,9 +170,11 @@ def load(
     return load_steps(dataset, first, last, data.workers, pin)
 
 
-def _segments(config: TrainConfig, target: Index) -> SegmentStore:
-    """The target's segment maps; those of scenes are superpixels, made here."""
-    root = target.layout.root
+def _segments(config: TrainConfig, target: Index) -> SegmentStore | ImageStore:
+    """The target's segment maps; a prepared store may hold them; those of scenes are superpixels, made here."""
+    root, prepared = target.layout.root, target.layout.store
+    if prepared is not None and "segments" in prepared.kinds and not config.data.segments:
+        return prepared
     if config.data.scenes is None:
         store = open_store(config.data.segments, root)
         store.require(target.samples)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ssr_fast.commandline import DONE, command_parser, parse, raise_problems, run, tell
 from ssr_fast.data.index import DomainConfig, Index, build_index
+from ssr_fast.data.store_index import require_originals
 from ssr_fast.errors import UserError
 from ssr_fast.eval.inference import InferenceConfig
 from ssr_fast.eval.official import OfficialEvaluation
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
         domain = dataclasses.replace(domain, resize=model.resize)
         tell(f"images are resized to fit {model.resize}, as the model saw them; --data.resize null keeps their size")
     index = build_index(domain, True, "data", report=tell)
+    require_originals(index, "data")
     check_classes(model, index.classes, domain.root, tell)
     fitting = fitting_protocols(index.classes.names)
     if options.official and fitting == ["generic"]:
@@ -88,7 +90,7 @@ def _evaluate(
         counts = evaluate_samples(
             model.segmentor,
             index.samples,
-            index.layout.read_label,
+            index.layout,
             inference,
             domain.resize,
             model.device,

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from ssr_fast.data.images import read_image
 from ssr_fast.data.index import Index, Sample
 from ssr_fast.data.labels import ClassSet
 from ssr_fast.eval.inference import InferenceConfig
@@ -26,7 +25,8 @@ class Evaluator:
 
     Args:
         labelled: the evaluation data; None if there is none.
-        shown: the images of the report; of `labelled` where that is given.
+        pictures: what the report's images are taken from; `labelled` where that is given.
+        shown: how many of them the report shows.
         classes: what the networks tell apart.
         inference: how images are seen.
         resize: (width, height) of the box that images are resized into, or None.
@@ -37,14 +37,18 @@ class Evaluator:
     def __init__(
         self,
         labelled: Index | None,
-        shown: Sequence[Sample],
+        pictures: Index,
+        shown: int,
         classes: ClassSet,
         inference: InferenceConfig,
         resize: tuple[int, int] | None,
         protocol: str,
         device: torch.device,
     ) -> None:
-        self.labelled, self.shown, self.classes = labelled, tuple(shown), classes
+        self.labelled, self.classes = labelled, classes
+        samples = pictures.samples
+        self.shown = samples[:: max(1, len(samples) // max(1, shown))][:shown]
+        self.read_image = pictures.layout.read_image
         self.inference, self.resize, self.protocol, self.device = inference, resize, protocol, device
 
     def scores(self, student: nn.Module) -> Scores:
@@ -54,7 +58,7 @@ class Evaluator:
         matrix = evaluate_samples(
             student,
             self.labelled.samples,
-            self.labelled.layout.read_label,
+            self.labelled.layout,
             self.inference,
             self.resize,
             self.device,
@@ -72,8 +76,8 @@ class Evaluator:
         network = logits_only(student)
         with evaluating(student), torch.no_grad():
             for number, sample in enumerate(self.shown):
-                image = read_image(Path(sample.image))
-                pixels = fit_picture(image, self.resize)[None]
+                image = self.read_image(sample.image)
+                pixels = np.stack([fit_picture(image, self.resize)])
                 label = predict_pictures(network, pixels, self.inference, image.shape[:2], self.device)[0]
                 Image.fromarray(label.to(torch.uint8).cpu().numpy()).save(folder / f"{number:02d}.png")
 
@@ -88,7 +92,7 @@ class Evaluator:
             for stage in stages:
                 with Image.open(folder / stage / f"{number:02d}.png") as prediction:
                     predictions.append((stage.replace("_", " "), np.asarray(prediction)))
-            picture = comparison(read_image(Path(sample.image)), self._truth(sample), predictions, self.classes)
+            picture = comparison(self.read_image(sample.image), self._truth(sample), predictions, self.classes)
             Image.fromarray(picture).save(folder / f"{number:02d}.png")
 
     def _truth(self, sample: Sample) -> NDArray[np.uint8] | None:

@@ -1,11 +1,11 @@
-"""`python -m ssr_fast.prepare check|masks|features ROOT`: look at a data set before training does; make its stores."""
+"""`python -m ssr_fast.prepare check|store|masks|features ROOT`: check a data set before training does; make stores."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ssr_fast import prepare_check, prepare_features, prepare_masks
+from ssr_fast import prepare_check, prepare_features, prepare_masks, prepare_store
 from ssr_fast.data.index import DomainConfig
 from ssr_fast.data.layouts import LAYOUTS
 from ssr_fast.errors import UserError
@@ -48,6 +48,15 @@ def _parser() -> _Parser:
         prepare_check.run,
     )
     prepare_check.add_options(check)
+    store = _add_command(
+        commands,
+        "store",
+        "make a store of resized images, labels and segments, for fast training",
+        "Write what training needs once: resized images, train ids and segments in a few large files. Whole files that "
+        "are there are kept, so a run that was stopped goes on with the same command.",
+        prepare_store.run,
+    )
+    prepare_store.add_options(store)
     masks = _add_command(
         commands,
         "masks",

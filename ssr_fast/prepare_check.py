@@ -2,15 +2,15 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from ssr_fast.data.check_table import as_json, print_diagnosis
-from ssr_fast.data.class_stats import STATS_FILE, read_rcs_files, write_rcs_files
+from ssr_fast.data.class_stats import STATS_FILE, write_rcs_files
 from ssr_fast.data.index import DomainConfig, diagnose
 from ssr_fast.errors import UserError
+from ssr_fast.prepare_parts import compare_stats, tell
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,17 +30,12 @@ def run(config: DomainConfig, options: argparse.Namespace) -> int:
     """
     if options.unlabelled and options.write_class_stats:
         raise UserError("--write-class-stats needs labels, which --unlabelled does not read; leave one out")
-    diagnosis = diagnose(config, not options.unlabelled, report=_tell)
+    diagnosis = diagnose(config, not options.unlabelled, report=tell, again=True)
     console = Console()
     print_diagnosis(diagnosis, console)
     index = diagnosis.index()
     if diagnosis.labelled and (diagnosis.layout.root / STATS_FILE).is_file():
-        try:
-            read_rcs_files(diagnosis.layout.root, index)
-            note = f"{STATS_FILE} agrees with the labels"
-        except UserError as error:
-            note = f"{error} (it is not used: labels are counted)"
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {compare_stats(index)}", highlight=False, markup=False, soft_wrap=True)
     if options.write_class_stats:
         write_rcs_files(index, options.write_class_stats)
     if options.json:
@@ -53,7 +48,3 @@ def _write_json(content: dict[str, object], path: Path) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--json {path} cannot be written ({error.strerror}); give another file") from error
-
-
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr)

@@ -56,7 +56,7 @@ def run(config: DomainConfig, options: argparse.Namespace) -> int:
     if not entries:
         raise UserError(f"ROOT {config.root} holds no images ({layout.name}, split {config.split}); check both")
     out = Path(options.out).expanduser() if options.out else None
-    check_place(out, layout, entries)
+    check_place(out, layout, [entry.image for entry in entries])
     from ssr_fast.models.feature_maps import recipe
 
     encode = _encoder(sam, options)
@@ -67,7 +67,7 @@ def run(config: DomainConfig, options: argparse.Namespace) -> int:
     with progress(len(mine), "features") as show:
         for outcome in make_features(store, mine, encode, threads, options.overwrite):
             outcomes.append(outcome)
-            show(outcome)
+            show(outcome.message if outcome.kind == "made" else "")
     _sum_up(outcomes, store, time.perf_counter() - started)
     if failed := [outcome.message for outcome in outcomes if outcome.kind == "failed"]:
         raise UserError("\n".join(failed))

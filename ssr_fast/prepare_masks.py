@@ -73,7 +73,7 @@ def run(config: DomainConfig, options: argparse.Namespace) -> int:
     if not entries:
         raise UserError(f"ROOT {config.root} holds no images ({layout.name}, split {config.split}); check both")
     out = Path(options.out).expanduser() if options.out else None
-    check_place(out, layout, entries)
+    check_place(out, layout, [entry.image for entry in entries])
     source = _source(options, entries, layout)
     store = create_store(out, layout.root, source.recipe, options.overwrite)
     mine = [entry.image for entry in entries[rank::world]]
@@ -88,7 +88,7 @@ def run(config: DomainConfig, options: argparse.Namespace) -> int:
         with progress(len(tasks), "segments") as show:
             for outcome in make_maps(store, tasks, _workers(options), options.overwrite, visit):
                 outcomes.append(outcome)
-                show(outcome)
+                show(outcome.message if outcome.kind == "made" else "")
     _sum_up(outcomes, store, time.perf_counter() - started)
     if preview is not None and not preview.is_folder and rank == 0:
         preview.write_sheet([outcome.image for outcome in outcomes if outcome.kind != "failed"])

@@ -9,12 +9,27 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ssr_fast.data.layouts import Entry, Layout
-from ssr_fast.data.stores import Outcome
+from ssr_fast.data.class_stats import STATS_FILE, read_rcs_files
+from ssr_fast.data.index import Index
+from ssr_fast.data.layouts import Layout
 from ssr_fast.errors import UserError
 
 
-def check_place(out: Path | None, layout: Layout, entries: Iterable[Entry]) -> None:
+def tell(message: str) -> None:
+    """One line that is not the result."""
+    print(message, file=sys.stderr)
+
+
+def compare_stats(index: Index) -> str:
+    """Whether DAFormer's class statistics in the data set's folder agree with its labels, in a sentence."""
+    try:
+        read_rcs_files(index.layout.root, index)
+    except UserError as error:
+        return f"{error} (it is not used: labels are counted)"
+    return f"{STATS_FILE} agrees with the labels"
+
+
+def check_place(out: Path | None, layout: Layout, images: Iterable[Path]) -> None:
     """The files of a store must not lie among the images, where the next look at the data set would take them for some.
 
     Raises:
@@ -22,7 +37,7 @@ def check_place(out: Path | None, layout: Layout, entries: Iterable[Entry]) -> N
     """
     if out is None:
         return
-    for top in {layout.root / entry.image.relative_to(layout.root).parts[0] for entry in entries}:
+    for top in {layout.root / image.relative_to(layout.root).parts[0] for image in images}:
         if out.resolve().is_relative_to(top.resolve()):
             raise UserError(f"--out {out} lies among the images in {top}; give a folder beside them")
 
@@ -55,8 +70,8 @@ def local_rank(environment: Mapping[str, str]) -> int:
 
 
 @contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[Outcome], None]]:
-    """A line on stderr with images a second, which takes each outcome; messages of outcomes stay above it."""
+def progress(total: int, what: str) -> Iterator[Callable[..., None]]:
+    """A line on stderr with images a second; takes a message, which stays above it, and how many images are done."""
     console = Console(stderr=True)
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
@@ -64,11 +79,11 @@ def progress(total: int, what: str) -> Iterator[Callable[[Outcome], None]]:
         task = bar.add_task(what, total=total, rate="")
         started, done = time.perf_counter(), 0
 
-        def show(outcome: Outcome) -> None:
+        def show(message: str, images: int = 1) -> None:
             nonlocal done
-            done += 1
+            done += images
             bar.update(task, completed=done, rate=f"{done / (time.perf_counter() - started):.1f} images/s")
-            if outcome.kind == "made" and outcome.message:
-                print(outcome.message, file=sys.stderr)
+            if message:
+                tell(message)
 
         yield show

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from ssr_fast.config import TrainConfig
 from ssr_fast.data.index import DomainConfig
+from ssr_fast.data.loader import DataConfig
 from ssr_fast.data.plan import SamplingConfig
 from ssr_fast.data.scenes import ScenesConfig
-from ssr_fast.data.torch_loader import DataConfig
 from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.trainer import RunConfig
 from ssr_fast.methods.method import MethodConfig

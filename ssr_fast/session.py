@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from ssr_fast.config import TrainConfig
-from ssr_fast.data.index_cache import Report
+from ssr_fast.data.cache import Report
 from ssr_fast.data.labels import ClassSet
 from ssr_fast.domains import load, open_domains, stored_features
 from ssr_fast.engine import fork_server
@@ -111,12 +111,11 @@ class Session:
     def _evaluator(self) -> Evaluator:
         """What judges the stages; without labelled images it shows some of the target's."""
         config, labelled = self.config, self.domains.evaluation
-        samples = (labelled or self.domains.target).samples
-        step = max(1, len(samples) // max(1, config.run.samples))
         seen = config.data.evaluation or config.data.target
         return Evaluator(
             labelled,
-            samples[::step][: config.run.samples],
+            labelled or self.domains.target,
+            config.run.samples,
             self.classes,
             config.inference,
             seen.resize,
@@ -290,15 +289,14 @@ class Session:
         """
         file, now = self.folder / "stores.json", self.domains.recipes()
         if not (self.resume and file.is_file()):
-            if now:
-                write_text(file, json.dumps(now, indent=1))
+            write_text(file, json.dumps(now, indent=1))
             return
         began: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-        for option, recipe in now.items():
-            if began.get(option) != recipe:
+        for option in sorted(began.keys() | now.keys()):
+            if began.get(option) != now.get(option):
                 raise UserError(
-                    f"--{option}: the run in {self.folder} began with {began.get(option)}, and the store is now of "
-                    f"{recipe}; make the store as it was, or start in a new run directory"
+                    f"--{option}: the run in {self.folder} began with {began.get(option, 'the original files')}, and "
+                    f"now there is {now.get(option, 'none')}; make the store as it was, or start in a new run directory"
                 )
 
     def _read_summary(self) -> dict[str, Any]:

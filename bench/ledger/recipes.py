@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import released
 from bench.ledger.counting import Counts, Ledger
+from ssr_fast.data.batch import Batch
 from ssr_fast.data.labels import CITYSCAPES
-from ssr_fast.data.torch_loader import Batch
 from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.precision import apply_precision, computed_dtype
 from ssr_fast.engine.step import TrainStep

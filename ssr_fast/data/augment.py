@@ -1,25 +1,18 @@
-"""Geometry of samples (resize, crop, flip: exact, on the host) and strong augmentation (on the device, sync-free).
+"""Normalisation and strong augmentation of images, on the device, sync-free.
 
 B batch, H W pixels. Images are RGB; "normalised" means (value - MEAN) / STD with values in 0..255.
 """
 
-from typing import TypeVar
-
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssr_fast.data.labels import IGNORE
+from ssr_fast.data.geometry import MEAN, STD
 from ssr_kernels import counter
 
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
 BLUR_TAPS = 13  # sigma <= 1.15: further taps are below 1e-6
-
-_Ids = TypeVar("_Ids", np.uint8, np.uint16)  # train ids, segment ids
 
 
 def normalise(image: NDArray[np.uint8]) -> Tensor:
@@ -28,7 +21,12 @@ def normalise(image: NDArray[np.uint8]) -> Tensor:
 
 
 def normalise_batch(images: Tensor) -> Tensor:
-    """images uint8 [B, H, W, 3] RGB -> float32 [B, 3, H, W] on the same device, channels-last in memory."""
+    """images uint8 [B, H, W, 3] RGB -> float32 [B, 3, H, W] on the same device, channels-last in memory.
+
+    Images of floating point come from a loader that has done it, and are returned as they are.
+    """
+    if images.is_floating_point():
+        return images
     mean, std = _constant(MEAN, images.device), _constant(STD, images.device)
     return ((images.to(torch.float32) - mean) / std).permute(0, 3, 1, 2)
 
@@ -36,60 +34,6 @@ def normalise_batch(images: Tensor) -> Tensor:
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """float32 [len(values)], made on the device: torch.tensor would copy it there, and wait."""
     return torch.stack([torch.full((), value, device=device) for value in values])
-
-
-def fitted_size(width: int, height: int, box: tuple[int, int] | None) -> tuple[int, int]:
-    """Size (width, height) of an image resized to fit `box` with its ratio kept, rounded as mmcv does.
-
-    The longer side fits the box's longer side and the shorter the shorter: 1914x1052 in (1280, 720) gives 1280x704.
-    """
-    if box is None:
-        return width, height
-    scale = min(max(box) / max(width, height), min(box) / min(width, height))
-    return max(1, int(width * scale + 0.5)), max(1, int(height * scale + 0.5))
-
-
-def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """image uint8 [H, W, 3] -> [size[1], size[0], 3], OpenCV's bilinear (as mmcv-based systems do)."""
-    if (image.shape[1], image.shape[0]) == size:
-        return image
-    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
-
-
-def resize_label(label: NDArray[_Ids], size: tuple[int, int]) -> NDArray[_Ids]:
-    """label uint8 (or segments uint16) [H, W] -> [size[1], size[0]], OpenCV's nearest neighbour."""
-    if (label.shape[1], label.shape[0]) == size:
-        return label
-    return cv2.resize(label, size, interpolation=cv2.INTER_NEAREST).astype(label.dtype, copy=False)
-
-
-def crop_image(
-    image: NDArray[np.uint8], corner: tuple[int, int], size: tuple[int, int], flip: bool
-) -> NDArray[np.uint8]:
-    """Cut a crop out of image [H, W, 3]; what lies outside is the mean colour (0 after normalisation).
-
-    Args:
-        corner: (x, y) of the crop's upper left corner.
-        size: (height, width) of the crop.
-        flip: mirror left to right after cutting.
-    """
-    out = np.empty((*size, 3), np.uint8)
-    out[:] = np.rint(MEAN).astype(np.uint8)
-    return _paste(image, out, corner, flip)
-
-
-def crop_label(
-    label: NDArray[_Ids], corner: tuple[int, int], size: tuple[int, int], flip: bool, outside: int = IGNORE
-) -> NDArray[_Ids]:
-    """Cut a crop out of label (or segments) [H, W], as `crop_image`; what lies outside is ignored (255)."""
-    return _paste(label, np.full(size, outside, label.dtype), corner, flip)
-
-
-def _paste(array: NDArray[_Ids], out: NDArray[_Ids], corner: tuple[int, int], flip: bool) -> NDArray[_Ids]:
-    x, y = corner
-    part = array[y : y + out.shape[0], x : x + out.shape[1]]
-    out[: part.shape[0], : part.shape[1]] = part
-    return np.ascontiguousarray(out[:, ::-1]) if flip else out
 
 
 def strong_augment(images: Tensor, key: Tensor, strength: float, jitter_p: float, blur_p: float) -> Tensor:

@@ -18,6 +18,8 @@ from ssr_fast.errors import UserError
 STATS_FILE = "sample_class_stats.json"
 """The file of the three that the other two can be derived from."""
 
+STATS_FILES = (STATS_FILE, "sample_class_stats_dict.json", "samples_with_class.json")
+
 _CONVERTED = "_labelTrainIds.png"
 
 
@@ -36,11 +38,8 @@ def write_rcs_files(index: Index, folder: Path) -> None:
     for label, counts in by_label.items():
         for train_id, pixels in counts.items():
             with_class.setdefault(train_id, []).append((label, pixels))
-    contents = {
-        STATS_FILE: [{**counts, "file": label} for label, counts in by_label.items()],
-        "sample_class_stats_dict.json": by_label,
-        "samples_with_class.json": with_class,
-    }
+    rows = [{**counts, "file": label} for label, counts in by_label.items()]
+    contents = dict(zip(STATS_FILES, (rows, by_label, with_class), strict=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():

@@ -8,8 +8,6 @@ What a file can be:
 Legend: K classes.
 """
 
-import hashlib
-import json
 import os
 import shlex
 from collections import defaultdict
@@ -19,14 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ssr_fast.data import index_cache
+from ssr_fast.data.cache import Report, default_folder
+from ssr_fast.data.diagnosis import Diagnosis, Index, Problem, Sample, total_counts
 from ssr_fast.data.images import BadFile, decode_image
-from ssr_fast.data.index_cache import Report, Row
+from ssr_fast.data.index_cache import Row
 from ssr_fast.data.labels import ClassSet
 from ssr_fast.data.layouts import LAYOUTS, Entry, Layout, Listing, find_layout, option_name
+from ssr_fast.data.store import is_store
+from ssr_fast.data.store_index import check_sizes, diagnose_store
 from ssr_fast.errors import UserError
+
+__all__ = ["Diagnosis", "DomainConfig", "Index", "Problem", "Sample", "build_index", "diagnose", "total_counts"]
 
 _MAX_THREADS = 16  # Pillow decodes without the interpreter's lock; beyond this the disk is the limit
 
@@ -62,80 +65,6 @@ class DomainConfig:
         return found
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A checked image.
-
-    Args:
-        name: unique in the index.
-        image: path of the image.
-        label: path of the label; None in an unlabelled index.
-        width, height: pixels, as stored.
-        counts: pixels of each class, [K]; None in an unlabelled index.
-    """
-
-    name: str
-    image: str
-    label: str | None
-    width: int
-    height: int
-    counts: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class Index:
-    """A checked data set; `digest` is a sha256 over names, sizes, counts and classes, wherever the files lie."""
-
-    classes: ClassSet
-    layout: Layout
-    samples: tuple[Sample, ...]
-    digest: str
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A file that is bad (`fatal`) or left out: `path`, the `problem` as a predicate, and `advice` what to do."""
-
-    path: Path
-    problem: str
-    advice: str
-    fatal: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.path} {self.problem}; {self.advice}"
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """All that was found at a root.
-
-    Args:
-        layout: the layout that was found.
-        labelled: labels were checked.
-        rows: bad and left-out files, sorted by path.
-        samples: good files, sorted by name.
-        notes: what is unusual but used, in sentences.
-        images, labels: files in the split.
-    """
-
-    layout: Layout
-    labelled: bool
-    rows: tuple[Problem, ...]
-    samples: tuple[Sample, ...]
-    notes: tuple[str, ...]
-    images: int
-    labels: int
-
-    @property
-    def fatal(self) -> tuple[Problem, ...]:
-        """The rows that keep training from starting."""
-        return tuple(row for row in self.rows if row.fatal)
-
-    def index(self) -> Index:
-        """The good files as an index."""
-        return Index(self.layout.classes, self.layout, self.samples, _digest(self.layout.classes, self.samples))
-
-
 def build_index(
     config: DomainConfig, labelled: bool, option: str, cache: Path | None = None, report: Report | None = None
 ) -> Index:
@@ -152,31 +81,54 @@ def build_index(
         UserError: nothing to read, or bad files: the first is named, the others are counted.
     """
     tell = report or _silent
-    diagnosis = diagnose(config, labelled, option, cache, tell)
+    index = usable(diagnose(config, labelled, option, cache, tell), config, option, tell)
+    if index.layout.store is not None:
+        check_sizes(index.layout.store, config.resize, option)
+    return index
+
+
+def usable(diagnosis: Diagnosis, config: DomainConfig, option: str, report: Report) -> Index:
+    """What training reads of a data set; tells what is left out and what is unusual. Arguments as of `build_index`.
+
+    Raises:
+        UserError: bad files.
+    """
+    command = _check_command(config, diagnosis.labelled)
     if diagnosis.fatal:
         more = len(diagnosis.fatal) - 1
-        lists = f" (and {more} more, which `{_check_command(config, labelled)}` lists)" if more else ""
+        lists = f" (and {more} more, which `{command}` lists)" if more else ""
         raise UserError(f"{option_name(option, 'root')} {config.root}: {diagnosis.fatal[0]}{lists}")
     if diagnosis.rows:
-        tell(
+        report(
             f"{len(diagnosis.rows)} file(s) of {config.root} left out, the first because {diagnosis.rows[0].path} "
-            f"{diagnosis.rows[0].problem}; `{_check_command(config, labelled)}` lists them"
+            f"{diagnosis.rows[0].problem}; `{command}` lists them"
         )
     for note in diagnosis.notes:
-        tell(note)
+        report(note)
     return diagnosis.index()
 
 
 def diagnose(
-    config: DomainConfig, labelled: bool, option: str = "", cache: Path | None = None, report: Report | None = None
+    config: DomainConfig,
+    labelled: bool,
+    option: str = "",
+    cache: Path | None = None,
+    report: Report | None = None,
+    again: bool = False,
 ) -> Diagnosis:
     """Check every file of a data set and collect all that is wrong; arguments as for `build_index`.
+
+    Args:
+        again: read a prepared store through, even if it was whole before and has not changed.
 
     Raises:
         UserError: the root, layout, split, condition or classes file is wrong, so that there are no files to check.
     """
     if not config.root:
         raise UserError(f"{option_name(option, 'root')} is missing; give the data set's folder")
+    if is_store(Path(config.root).expanduser()):
+        wanted = {name: getattr(config, name) for name in ("layout", "split", "condition", "classes")}
+        return diagnose_store(Path(config.root).expanduser(), wanted, labelled, option, report or _silent, again)
     layout = find_layout(Path(config.root), config.layout, config.classes, option)
     if labelled and not layout.classes.count:
         raise UserError(
@@ -193,9 +145,7 @@ def diagnose(
     rows = _pairing_problems(listing, labelled, layout)
     bad = {row.path for row in rows if row.fatal}
     entries = [entry for entry in listing.entries if entry.image not in bad and not (labelled and entry.label is None)]
-    file = index_cache.cache_file(
-        cache or index_cache.default_folder(), layout, config.split, config.condition, labelled
-    )
+    file = index_cache.cache_file(cache or default_folder(), layout, config.split, config.condition, labelled)
     checked, bad_files = _check_all(entries, layout, labelled, file, report or _silent)
     samples = tuple(_sample(entry, row, labelled) for entry, row in checked)
     rows += bad_files + _data_set_problems(samples, layout, rows + bad_files)
@@ -305,12 +255,6 @@ def _data_set_problems(samples: Sequence[Sample], layout: Layout, rows: Sequence
     return []
 
 
-def total_counts(samples: Sequence[Sample]) -> NDArray[np.int64]:
-    """Pixels of each class over the data set, [K]; empty for an unlabelled one."""
-    counts = [sample.counts for sample in samples if sample.counts is not None]
-    return np.array(counts, np.int64).sum(0) if counts else np.zeros(0, np.int64)
-
-
 def _notes(checked: Sequence[tuple[Entry, Row]], samples: Sequence[Sample], classes: ClassSet) -> tuple[str, ...]:
     """One sentence for each kind of conversion, and for classes that never occur."""
     by_note: dict[str, list[Path]] = defaultdict(list)
@@ -330,11 +274,6 @@ def _notes(checked: Sequence[tuple[Entry, Row]], samples: Sequence[Sample], clas
 def _sample(entry: Entry, row: Row, labelled: bool) -> Sample:
     label = str(entry.label) if labelled else None
     return Sample(entry.name, str(entry.image), label, row.width, row.height, row.counts)
-
-
-def _digest(classes: ClassSet, samples: Sequence[Sample]) -> str:
-    content = [classes.names, [(s.name, s.width, s.height, s.counts) for s in samples]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _check_command(config: DomainConfig, labelled: bool) -> str:

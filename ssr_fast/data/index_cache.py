@@ -3,14 +3,12 @@
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ssr_fast.data.cache import Report, write_text
 from ssr_fast.data.layouts import Entry, Layout
-
-Report = Callable[[str], None]
 
 _VERSION = 1  # to be raised whenever the check of a file changes, so that old results do not count
 
@@ -35,12 +33,6 @@ class Row:
     height: int
     counts: tuple[int, ...] | None
     notes: tuple[str, ...]
-
-
-def default_folder() -> Path:
-    """$SSR_FAST_CACHE/index, or ~/.cache/ssr_fast/index."""
-    base = os.environ.get("SSR_FAST_CACHE")
-    return (Path(base) if base else Path.home() / ".cache" / "ssr_fast") / "index"
 
 
 def cache_file(folder: Path, layout: Layout, split: str, condition: str, labelled: bool) -> Path:
@@ -78,17 +70,8 @@ def load(path: Path, class_count: int, report: Report) -> dict[str, Row]:
 
 def save(path: Path, rows: Mapping[str, Row], report: Report) -> None:
     """Write atomically; a folder that cannot be written is reported in one line, for it costs time only."""
-    text = json.dumps({name: asdict(row) for name, row in rows.items()})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".index-")
-        try:
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        write_text(path, json.dumps({name: asdict(row) for name, row in rows.items()}))
     except OSError as error:
         report(f"the index cache {path.parent} cannot be written ({error.strerror}); files are checked at every start")
 

@@ -42,6 +42,7 @@ class Spec:
         splits: name of a split -> its folder.
         conditions: names that `condition` may take.
         classes: the class set of the train ids.
+        box: (width, height) of the box that the field's recipe resizes training images into; None for their own size.
     """
 
     images: str
@@ -54,6 +55,7 @@ class Spec:
     splits: Mapping[str, str] = field(default_factory=lambda: _SPLITS)
     conditions: tuple[str, ...] = ()
     classes: ClassSet = CITYSCAPES
+    box: tuple[int, int] | None = None
 
 
 LAYOUTS: dict[str, Spec] = {
@@ -65,6 +67,7 @@ LAYOUTS: dict[str, Spec] = {
         known=_CITYSCAPES_KNOWN,
         image_suffix="_leftImg8bit",
         label_suffixes=("_gtFine_labelTrainIds", "_gtFine_labelIds"),
+        box=(1024, 512),
     ),
     "acdc": Spec(
         images="rgb_anon/{condition}/{split}",
@@ -75,6 +78,7 @@ LAYOUTS: dict[str, Spec] = {
         image_suffix="_rgb_anon",
         label_suffixes=("_gt_labelTrainIds", "_gt_labelIds"),
         conditions=("fog", "night", "rain", "snow"),
+        box=(960, 540),
     ),
     "darkzurich": Spec(
         images="rgb_anon/{split}/{condition}",
@@ -85,6 +89,7 @@ LAYOUTS: dict[str, Spec] = {
         image_suffix="_rgb_anon",
         label_suffixes=("_gt_labelTrainIds", "_gt_labelIds"),
         conditions=("day", "twilight", "night"),
+        box=(960, 540),
     ),
     "synthia": Spec(
         images="RGB",
@@ -94,6 +99,7 @@ LAYOUTS: dict[str, Spec] = {
         known=(*range(23), IGNORE),
         label_suffixes=("_labelTrainIds", ""),
         splits=_ONE_SPLIT,
+        box=(1280, 760),
     ),
     "mapillary": Spec(
         images="{split}/images",
@@ -126,6 +132,7 @@ LAYOUTS: dict[str, Spec] = {
         known=_CITYSCAPES_KNOWN,
         label_suffixes=("_labelTrainIds", ""),
         splits=_ONE_SPLIT,
+        box=(1280, 720),
     ),
     "folder": Spec(
         images="images/{split}",

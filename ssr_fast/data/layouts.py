@@ -23,6 +23,7 @@ from ssr_fast.data.images import (
 )
 from ssr_fast.data.labels import CITYSCAPES, IGNORE, UNKNOWN, ClassSet, id_table, train_id_table
 from ssr_fast.data.layout_specs import CAMVID_DUSK, LAYOUTS, TRAIN_IDS, Spec
+from ssr_fast.data.store import ImageStore, is_store
 from ssr_fast.errors import UserError
 
 __all__ = ["LAYOUTS", "Entry", "Layout", "Listing", "find_layout", "option_name", "read_image"]
@@ -65,6 +66,7 @@ class Layout:
         classes: the class set; empty (K = 0) for a `folder` without a classes file, which has images only.
         table: value in a label file -> train id, UNKNOWN for values that may not occur, uint8 [256 or 65536].
         color_coded: RGB labels are converted by the class set's colours.
+        store: where its files are, if they were prepared; `root` is the store's folder then.
     """
 
     name: str
@@ -72,6 +74,15 @@ class Layout:
     classes: ClassSet
     table: NDArray[np.uint8]
     color_coded: bool = False
+    store: ImageStore | None = None
+
+    def read_image(self, path: Path | str) -> NDArray[np.uint8]:
+        """An image file -> RGB uint8 [H, W, 3]; read-only where it is a part of a store.
+
+        Raises:
+            BadFile: it cannot be read.
+        """
+        return read_image(path) if self.store is None else self.store.image(path)
 
     @property
     def spec(self) -> Spec:
@@ -115,6 +126,8 @@ class Layout:
             BadFile: the file is damaged, holds colours where ids are expected, or a value that has no meaning; the
                 sentence names file, value and the first position.
         """
+        if self.store is not None:
+            return self.store.label(path)
         path = Path(path)
         converted = path.stem.endswith(TRAIN_IDS) and self.name != "folder"
         raw = decode_synthia_label(path) if self.name == "synthia" and not converted else decode_label(path)
@@ -257,6 +270,10 @@ def find_layout(root: Path, name: str = "auto", classes: str = "", option: str =
     """
     root = root.expanduser()
     _check_root(root, option)
+    if is_store(root):
+        raise UserError(
+            f"{option_name(option, 'root')} {root} is a prepared store; give the folder of the original data set"
+        )
     if name not in ("auto", *LAYOUTS):
         raise UserError(f"{option_name(option, 'layout')} is {name!r}; it must be auto or one of {', '.join(LAYOUTS)}")
     if classes and name not in ("auto", "folder"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ssr_fast.data.augment import fitted_size
+from ssr_fast.data.geometry import fitted_size
 from ssr_fast.data.index import Index
 
 TRIES = 10  # candidate crops a view; the first that satisfies the source's conditions is taken

@@ -3,15 +3,9 @@
 H W pixels.
 """
 
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +13,8 @@ from numpy.typing import NDArray
 
 from ssr_fast.data import stores
 from ssr_fast.data.images import BadFile, opened, read_image
+from ssr_fast.data.processes import in_processes
 from ssr_fast.data.segments import SegmentStore
-from ssr_fast.errors import UserError
 
 Generator = Callable[[Path, NDArray[np.uint8]], NDArray[np.uint16]]
 """(path, RGB uint8 [H, W, 3]) -> segments uint16 [H, W]; raises BadFile for an image that it cannot do."""
@@ -60,22 +54,7 @@ def make_maps(
     Raises:
         UserError: the store cannot be written, or a process was killed.
     """
-    job = _Job(store, overwrite, visit)
-    if workers == 0 or len(tasks) < 2:
-        yield from map(job, tasks)
-        return
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)), multiprocessing.get_context("spawn"), initializer=_start_process
-    )
-    try:
-        yield from pool.map(job, tasks)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that makes segment maps was killed, probably for want of memory; run the command again with "
-            "fewer --workers, it keeps the maps that are there"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from in_processes(_Job(store, overwrite, visit), tasks, workers, "segment maps")
 
 
 @dataclass(frozen=True)
@@ -110,16 +89,3 @@ class _Job:
             self.visit(task.image, image, segments)
         there = np.bincount(segments.ravel(), minlength=2)
         return Outcome(task.image, "made", message, int((there[1:] > 0).sum()), 1.0 - float(there[0]) / segments.size)
-
-
-def _start_process() -> None:
-    """Stopping is the parent's affair: Ctrl-C reaches the whole group, and a killed parent must leave no process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)

@@ -4,12 +4,15 @@ image, at the image's path below the data set's root with a suffix of its own.
 Every file is written whole or not at all, and names the recipe that it was made by, so that two recipes never mix.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Generic, Literal, TypeVar
@@ -21,7 +24,8 @@ _Content = TypeVar("_Content")
 FILE = "store.json"
 TEMPORARY = ".tmp"  # below the store, so that a finished file only changes its name
 _VERSION = 1
-_STALE = 3600.0  # seconds after which a file there was left by a killed process: no file takes that long to write
+_NEW = 10.0  # seconds in which a file there may have no lock yet
+_STALE = 86400.0  # seconds after which a file was left by a killed process for sure, on a file system without locks
 
 
 @dataclass(frozen=True)
@@ -147,13 +151,14 @@ def create_folder(kind: StoreKind, folder: Path | None, root: Path, recipe: Reci
     return folder
 
 
-def write_file(path: Path, store: Path, save: Callable[[IO[bytes]], object], to_disk: bool = False) -> None:
-    """Write below the store's temporary folder, then take the name: a killed process leaves no half file.
+@contextmanager
+def open_new(path: Path, store: Path, to_disk: bool = False) -> Iterator[IO[bytes]]:
+    """A new file below the store's temporary folder, which takes its name when the body ends without an error: a killed
+    process leaves no half file.
 
     Args:
         path: of the file.
         store: folder of the store that it belongs to.
-        save: writes the content.
         to_disk: wait until the content is on the disk before it takes the name. Without it a file that a power failure
             cut short has to be found by its check sums.
 
@@ -166,17 +171,30 @@ def write_file(path: Path, store: Path, save: Callable[[IO[bytes]], object], to_
             folder.mkdir(parents=True, exist_ok=True)
         try:
             with part.open("xb") as file:
-                save(file)
+                _lock(file)
+                yield file
+                file.flush()
                 if to_disk:
-                    file.flush()
                     os.fsync(file.fileno())
-            os.replace(part, path)
+                os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror or error}); check the folder's rights and its free space"
         ) from error
+
+
+def write_file(path: Path, store: Path, save: Callable[[IO[bytes]], object], to_disk: bool = False) -> None:
+    """Write a file of a store, whole or not at all; `save` writes the content, the rest is as for `open_new`."""
+    with open_new(path, store, to_disk) as file:
+        save(file)
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Held until the file is closed, by this process's end if need be; says that somebody is writing."""
+    with contextlib.suppress(OSError):  # a file system without locks: then age decides
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _read_recipe(file: Path, kind: StoreKind) -> Recipe:
@@ -196,10 +214,19 @@ def _read_recipe(file: Path, kind: StoreKind) -> Recipe:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes have left."""
+    """Remove what killed processes have left: files that nobody holds a lock on."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        try:
-            if path.stat().st_mtime < time.time() - _STALE:
+        with contextlib.suppress(OSError):  # another process has just finished or removed it
+            age = time.time() - path.stat().st_mtime
+            if age > (_NEW if _unlocked(path) else _STALE):
                 path.unlink()
+
+
+def _unlocked(path: Path) -> bool:
+    """Whether nobody holds a lock; False too on a file system that has none."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            continue  # another process has just finished or removed it
+            return False
+    return True

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ssr_fast.data.torch_loader import Batch
+from ssr_fast.data.batch import Batch
 from ssr_fast.errors import UserError
 from ssr_fast.methods.method import Method
 from ssr_fast.models.heads import HEADS

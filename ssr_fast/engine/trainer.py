@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ssr_fast.data.torch_loader import Batch
+from ssr_fast.data.batch import Batch
 from ssr_fast.engine import graphs
 from ssr_fast.engine.attention import ATTENTIONS
 from ssr_fast.engine.checkpoint import CheckpointStore

@@ -44,7 +44,7 @@ class OfficialEvaluation:
         number = len(self._pairs)
         predicted = self._write(f"{number:06d}_prediction.png", prediction)
         true = sample.label
-        if true is None or not true.endswith(_GROUND_TRUTH_ENDING):
+        if true is None or not true.endswith(_GROUND_TRUTH_ENDING) or not Path(true).is_file():  # of a prepared store
             true = self._write(f"{number:06d}_truth.png", label)
         self._pairs.append((predicted, true))
 

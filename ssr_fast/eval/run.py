@@ -4,21 +4,31 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ssr_fast.data.augment import fitted_size, normalise_batch, resize_image
+from ssr_fast.data.augment import normalise_batch
+from ssr_fast.data.geometry import fitted_size, resize_image
 from ssr_fast.data.index import Sample
-from ssr_fast.data.layouts import read_image
 from ssr_fast.errors import UserError
 from ssr_fast.eval.confusion import ConfusionMatrix
 from ssr_fast.eval.inference import InferenceConfig, Network, predict_labels
 
-ReadLabel = Callable[[Path], NDArray[np.uint8]]
+
+class Reader(Protocol):
+    """Reads the files of samples; a Layout is one."""
+
+    def read_image(self, path: Path) -> NDArray[np.uint8]:
+        """RGB uint8 [H, W, 3]."""
+
+    def read_label(self, path: Path) -> NDArray[np.uint8]:
+        """Train ids uint8 [H, W], 255 ignored."""
+
+
 Visit = Callable[[Sample, NDArray[np.uint8], NDArray[np.uint8]], None]
 
 _AHEAD = 8  # decoded pictures that may wait for the network: reading a PNG takes longer than a forward on a GPU
@@ -28,7 +38,7 @@ _GROUP_IMAGES, _GROUP_PIXELS = 8, 1 << 18  # small images share a forward, which
 def evaluate_samples(
     model: nn.Module,
     samples: Sequence[Sample],
-    read_label: ReadLabel,
+    reader: Reader,
     config: InferenceConfig,
     resize: tuple[int, int] | None,
     device: torch.device | str,
@@ -44,7 +54,7 @@ def evaluate_samples(
     Args:
         model: on `device`; [b, 3, H, W] normalised -> logits [b, K, h, w], or an object with such `logits`.
         samples: labelled samples. A rank of a distributed job gives its share and adds the ranks' counts.
-        read_label: file -> train ids uint8 [H, W], 255 ignored (Layout.read_label).
+        reader: of the samples' files.
         config: legal InferenceConfig.
         resize: (width, height) of the box, or None for the images' own sizes.
         device: where the network runs.
@@ -65,7 +75,7 @@ def evaluate_samples(
     with evaluating(model), torch.no_grad():
         # sliding windows are batched within an image already, as many as --inference.batch says
         most = _GROUP_IMAGES if config.mode == "whole" else 1
-        for group in _groups(_read_ahead(samples, read_label, resize), most):
+        for group in _groups(_read_ahead(samples, reader, resize), most):
             images, size = np.stack([image for _, image, _ in group]), group[0][2].shape
             for (sample, _, label), prediction in zip(
                 group, predict_pictures(network, images, config, size, device), strict=True
@@ -155,13 +165,13 @@ def _groups(pairs: Iterator[_Pair], most: int) -> Iterator[list[_Pair]]:
         yield group
 
 
-def _read_ahead(samples: Sequence[Sample], read_label: ReadLabel, resize: tuple[int, int] | None) -> Iterator[_Pair]:
+def _read_ahead(samples: Sequence[Sample], reader: Reader, resize: tuple[int, int] | None) -> Iterator[_Pair]:
     """(sample, resized image, label) in order, decoded in threads a few samples ahead."""
 
     def read(sample: Sample) -> _Pair:
         if sample.label is None:
             raise UserError(f"{sample.image} has no label: an evaluation needs one for each image")
-        return sample, fit_picture(read_image(Path(sample.image)), resize), read_label(Path(sample.label))
+        return sample, fit_picture(reader.read_image(Path(sample.image)), resize), reader.read_label(Path(sample.label))
 
     waiting: list[Future[_Pair]] = []
     with ThreadPoolExecutor(max_workers=2) as pool:

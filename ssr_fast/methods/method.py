@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssr_fast.data.augment import normalise_batch
-from ssr_fast.data.torch_loader import Batch
+from ssr_fast.data.batch import Batch
 from ssr_fast.models.segmentor import Segmentor
 from ssr_fast.models.working_copy import WorkingCopy
 from ssr_kernels import counter

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssr_fast.data.augment import normalise_batch, strong_augment
-from ssr_fast.data.torch_loader import Batch
+from ssr_fast.data.batch import Batch
 from ssr_fast.methods.method import Method, rows
 from ssr_fast.methods.mixing import class_masks, paste
 from ssr_fast.methods.teacher import Teacher

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ssr_fast.data.augment import normalise_batch, strong_augment
-from ssr_fast.data.torch_loader import Batch
+from ssr_fast.data.batch import Batch
 from ssr_fast.methods.method import Method, rows
 from ssr_fast.methods.regularisers import seeded
 from ssr_fast.methods.segments import Vote, at_stride, gather_rows, groups, vote

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssr_fast.data.torch_loader import Batch
+from ssr_fast.data.batch import Batch
 from ssr_fast.methods.mixing import compose
 from ssr_fast.methods.regularisers import POINTS, CosineAlignment, Injection, seeded
 from ssr_fast.methods.self_training import Mixed, SelfTraining, SelfTrainingConfig

@@ -22,7 +22,7 @@ FLOORS = (
     ("presets",),
     ("options", "domains", "prepare_parts"),
     ("session", "commandline"),
-    ("arguments", "prepare_check", "prepare_features", "prepare_masks"),
+    ("arguments", "prepare_check", "prepare_features", "prepare_masks", "prepare_store"),
     ("train", "evaluate", "predict", "prepare", "export", "info"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -9,12 +9,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from ssr_fast.data.batch import Batch
 from ssr_fast.data.feature_map import Geometry
 from ssr_fast.data.features import COMMAND, FeatureStore, create_features
 from ssr_fast.data.index import DomainConfig, Index, build_index
 from ssr_fast.data.plan import Plan, SamplingConfig
 from ssr_fast.data.stores import Recipe
-from ssr_fast.data.torch_loader import Batch, StepDataset, load_steps
+from ssr_fast.data.torch_loader import StepDataset, load_steps
 from ssr_fast.errors import UserError
 from tests.data.builders import assert_sentence, save
 
@@ -99,9 +100,9 @@ def test_features_stay_on_their_pixels(tmp_path: Path, dtype: str) -> None:
             assert (features - averages(images)).abs().max() <= tolerance
             assert features.permute(0, 2, 3, 1).is_contiguous()
         for view in dataset.plan(step, 0, 1).source:
-            _, label, _ = dataset._source(view, index)
-            corners.add(next(k for k, c in enumerate(view.corners) if (dataset._source(
-                dataclasses.replace(view, corners=(c,)), index)[1] == label).all()))  # fmt: skip
+            label = dataset.source(view)["source_label"]
+            alone = [dataset.source(dataclasses.replace(view, corners=(corner,))) for corner in view.corners]
+            corners.add(next(k for k, parts in enumerate(alone) if (parts["source_label"] == label).all()))
     assert len(corners) > 1, "the first candidate was always taken"
 
 
@@ -136,7 +137,7 @@ def test_the_sample_alone_decides(tmp_path: Path, box: tuple[int, int] | None) -
         same(batch, plain[step])
     sample = index.samples[0]
     view = dataclasses.replace(dataset_of(index, store, box).plan(0).target[0], index=0)
-    found = dataset_of(index, store, box)._features(view, view.corners[0], index, store)
+    found = dataset_of(index, store, box).target(view)["target_features"]
     whole = store.read(sample.image)
     assert (found == whole.cut(view.size, view.corners[0], (24, 32), view.flip)).all()
 

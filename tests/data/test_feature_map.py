@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ssr_fast.data.augment import crop_label, fitted_size
 from ssr_fast.data.feature_map import FeatureMap, Geometry, grid_of
+from ssr_fast.data.geometry import crop_label, fitted_size
 
 STRIDES = [8, 16]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssr_fast.data.augment import crop_image, crop_label, fitted_size, resize_label
+from ssr_fast.data.geometry import crop_image, crop_label, fitted_size, resize_label
 from ssr_fast.data.index import DomainConfig, Index, build_index
 from ssr_fast.data.plan import Plan, SamplingConfig
 from ssr_fast.data.segments import COMMAND, Recipe, SegmentStore, create_store
@@ -42,7 +42,8 @@ def plan_of(index: Index, box: tuple[int, int] | None, crop: tuple[int, int] = (
 
 def dataset_of(index: Index, plan: Plan, store: SegmentStore | None, cache: bool = False) -> StepDataset:
     dataset = StepDataset(plan, index, index, cache=cache, segments=store)
-    dataset._source = lambda *_: (np.zeros((*plan.crop, 3), np.uint8), np.zeros(plan.crop, np.uint8), None)  # type: ignore
+    nothing = {"source_image": np.zeros((*plan.crop, 3), np.uint8), "source_label": np.zeros(plan.crop, np.uint8)}
+    dataset.source = lambda view: nothing  # type: ignore[method-assign]
     return dataset
 
 

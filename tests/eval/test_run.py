@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssr_fast.data.augment import normalise
+from ssr_fast.data.images import read_image
 from ssr_fast.data.index import Sample
 from ssr_fast.errors import UserError
 from ssr_fast.eval.inference import InferenceConfig, predict_logits
@@ -43,6 +45,9 @@ def read_label(path: Path) -> np.ndarray:
     return np.array(Image.open(path))
 
 
+FILES = SimpleNamespace(read_image=read_image, read_label=read_label)
+
+
 def write_samples(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> list[Sample]:
     """Pictures of (width, height) with labels of classes 0..K-1 and 255."""
     rng = np.random.default_rng(seed)
@@ -59,7 +64,7 @@ def write_samples(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> 
 def test_counts_equal_each_picture_by_hand(tmp_path: Path, resize: tuple[int, int] | None) -> None:
     samples = write_samples(tmp_path, [(80, 60), (61, 47), (100, 40), (33, 90)] * 3)
     net = Net().eval()
-    matrix = evaluate_samples(net, samples, read_label, InferenceConfig(), resize, "cpu", K)
+    matrix = evaluate_samples(net, samples, FILES, InferenceConfig(), resize, "cpu", K)
     expected = np.zeros((K, K), np.int64)
     for sample in samples:
         assert sample.label is not None
@@ -79,9 +84,9 @@ def test_counts_equal_each_picture_by_hand(tmp_path: Path, resize: tuple[int, in
 def test_neighbours_of_one_size_share_a_forward_and_the_counts_stay(tmp_path: Path) -> None:
     samples = write_samples(tmp_path, [(80, 60)] * 11 + [(61, 47)] * 3 + [(80, 60)] + [(500, 300)] * 2)
     net = Net()
-    together = evaluate_samples(net, samples, read_label, InferenceConfig(), None, "cpu", K).counts
+    together = evaluate_samples(net, samples, FILES, InferenceConfig(), None, "cpu", K).counts
     assert net.batches == [8, 3, 3, 1, 1, 1]  # at most 8 images, at most 2**18 pixels
-    alone = sum(evaluate_samples(net, [one], read_label, InferenceConfig(), None, "cpu", K).counts for one in samples)
+    alone = sum(evaluate_samples(net, [one], FILES, InferenceConfig(), None, "cpu", K).counts for one in samples)
     assert torch.equal(together, alone)
 
 
@@ -89,7 +94,7 @@ def test_sliding_windows_of_one_forward_are_as_many_as_the_option_says(tmp_path:
     samples = write_samples(tmp_path, [(80, 60)] * 2)
     net = Net()
     config = InferenceConfig(mode="slide", crop=(32, 32), stride=(32, 32), batch=4)
-    evaluate_samples(net, samples, read_label, config, None, "cpu", K)
+    evaluate_samples(net, samples, FILES, config, None, "cpu", K)
     assert net.batches == [4, 2] * 2  # 2 x 3 windows an image
 
 
@@ -99,7 +104,7 @@ def test_every_module_gets_its_own_mode_back_and_buffers_stay(tmp_path: Path) ->
     net.train()
     net.conv.eval()  # a frozen part
     before = net.norm.running_mean.clone() if net.norm.running_mean is not None else None
-    evaluate_samples(net, samples, read_label, InferenceConfig(), None, "cpu", K)
+    evaluate_samples(net, samples, FILES, InferenceConfig(), None, "cpu", K)
     assert (net.training, net.conv.training, net.norm.training) == (True, False, True)
     assert torch.equal(net.norm.running_mean, before)
     assert all(parameter.grad is None for parameter in net.parameters())
@@ -110,7 +115,7 @@ def test_modes_come_back_after_an_error_too(tmp_path: Path) -> None:
     Path(samples[1].image).write_bytes(b"no picture")
     net = Net().train()
     with pytest.raises(UserError, match=r"1\.png"):
-        evaluate_samples(net, samples, read_label, InferenceConfig(), None, "cpu", K)
+        evaluate_samples(net, samples, FILES, InferenceConfig(), None, "cpu", K)
     assert net.training and net.norm.training
 
 
@@ -120,14 +125,14 @@ def test_a_label_value_outside_the_classes_names_file_and_value(tmp_path: Path) 
     label[7, 9] = 17
     Image.fromarray(label).save(str(samples[1].label))
     with pytest.raises(UserError, match=r"1_label\.png does not fit the network: label holds the value 17"):
-        evaluate_samples(Net(), samples, read_label, InferenceConfig(), None, "cpu", K)
+        evaluate_samples(Net(), samples, FILES, InferenceConfig(), None, "cpu", K)
 
 
 def test_a_sample_without_label_is_refused(tmp_path: Path) -> None:
     sample = write_samples(tmp_path, [(40, 40)])[0]
     bare = Sample(sample.name, sample.image, None, 40, 40, None)
     with pytest.raises(UserError, match="has no label"):
-        evaluate_samples(Net(), [bare], read_label, InferenceConfig(), None, "cpu", K)
+        evaluate_samples(Net(), [bare], FILES, InferenceConfig(), None, "cpu", K)
 
 
 def test_progress_and_visit_see_every_sample_in_order(tmp_path: Path) -> None:
@@ -140,7 +145,7 @@ def test_progress_and_visit_see_every_sample_in_order(tmp_path: Path) -> None:
         visited.append(sample.name)
 
     evaluate_samples(
-        Net(), samples, read_label, InferenceConfig(), None, "cpu", K, lambda done, of: seen.append((done, of)), visit
+        Net(), samples, FILES, InferenceConfig(), None, "cpu", K, lambda done, of: seen.append((done, of)), visit
     )
     assert seen == [(n, 9) for n in range(1, 10)]
     assert visited == [sample.name for sample in samples]
@@ -148,16 +153,15 @@ def test_progress_and_visit_see_every_sample_in_order(tmp_path: Path) -> None:
 
 def test_shares_of_ranks_add_up(tmp_path: Path) -> None:
     samples = write_samples(tmp_path, [(40, 44)] * 5)
-    whole = evaluate_samples(Net(), samples, read_label, InferenceConfig(), None, "cpu", K).counts
+    whole = evaluate_samples(Net(), samples, FILES, InferenceConfig(), None, "cpu", K).counts
     shares = [
-        evaluate_samples(Net(), samples[rank::2], read_label, InferenceConfig(), None, "cpu", K).counts
-        for rank in (0, 1)
+        evaluate_samples(Net(), samples[rank::2], FILES, InferenceConfig(), None, "cpu", K).counts for rank in (0, 1)
     ]
     assert torch.equal(whole, shares[0] + shares[1])
 
 
 def test_no_samples_give_an_empty_matrix() -> None:
-    assert int(evaluate_samples(Net(), [], read_label, InferenceConfig(), None, "cpu", K).counts.sum()) == 0
+    assert int(evaluate_samples(Net(), [], FILES, InferenceConfig(), None, "cpu", K).counts.sum()) == 0
 
 
 def test_out_of_memory_says_what_to_do(tmp_path: Path) -> None:
@@ -167,4 +171,4 @@ def test_out_of_memory_says_what_to_do(tmp_path: Path) -> None:
 
     samples = write_samples(tmp_path, [(50, 40)])
     with pytest.raises(UserError, match="50x40 pixels: use --inference.mode slide"):
-        evaluate_samples(Hungry(), samples, read_label, InferenceConfig(), None, "cpu", K)
+        evaluate_samples(Hungry(), samples, FILES, InferenceConfig(), None, "cpu", K)

@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from torch import nn
 
+from ssr_fast.data.batch import Batch
 from ssr_fast.data.labels import ClassSet
-from ssr_fast.data.torch_loader import Batch
 from ssr_fast.methods.build import build_method
 from ssr_fast.methods.method import MethodConfig
 from ssr_fast.methods.self_training import SelfTrainingConfig
