@@ -181,7 +181,7 @@ class ImageStore:
         return _advice(self.folder, self.recipe)
 
     def _damaged(self, kind: str, row: Row) -> BadFile:
-        problem = f"is damaged (the checksum of {row.name} is another)"
+        problem = f"is damaged (the checksum of {row.name!r} is another)"
         return BadFile(self.path(kind, row.shard), problem, self._advice())
 
     def _row(self, path: Path | str) -> Row:
@@ -230,7 +230,7 @@ def _advice(folder: Path, recipe: Recipe) -> str:
     words = [*COMMAND.split(), "ROOT", "--out", str(folder)]
     for name, value in recipe.options.items():
         default = {"split": "train", "condition": "", "labelled": True, "image": "raw"}.get(name)
-        if value is None or value == default or name in ("classes", "layout"):
+        if value is None or value == default or name in ("classes", "table"):
             continue
         if name == "labelled":
             words += ["--unlabelled"]

@@ -39,7 +39,8 @@ class Row:
         image: path of the original below the data set's root.
         label: the same of its label; None without labels.
         width, height: pixels of the original.
-        files: bytes of the original image and label, by which a change is noticed.
+        files: length and time of the last change (ns) of the original image and label: these, if made again, are
+            compared to see what has changed.
         counts: pixels of each class in the original label, [K]; None without labels.
         stored: (width, height) of the stored image.
         shard: number of the files that hold it.
@@ -53,7 +54,7 @@ class Row:
     label: str | None
     width: int
     height: int
-    files: tuple[int, int]
+    files: tuple[tuple[int, int], tuple[int, int]]
     counts: tuple[int, ...] | None
     stored: tuple[int, int]
     shard: int
@@ -66,7 +67,8 @@ class Row:
     def of(fields: Mapping[str, Any]) -> "Row":
         """A row of index.json."""
         whole = dict(fields)
-        whole["files"], whole["stored"] = tuple(fields["files"]), tuple(fields["stored"])
+        whole["files"] = tuple(tuple(stamp) for stamp in fields["files"])
+        whole["stored"] = tuple(fields["stored"])
         whole["counts"] = None if fields["counts"] is None else tuple(fields["counts"])
         return Row(**whole)
 

@@ -32,7 +32,7 @@ from ssr_fast.data.store_files import (
     kinds,
     shard_name,
 )
-from ssr_fast.data.stores import Recipe, create_folder, open_new, write_file
+from ssr_fast.data.stores import FILE, Recipe, create_folder, open_new, write_file
 
 _PARTS = "parts"
 _SMALLEST, _LARGEST, _SHARDS = 32 << 20, 1 << 30, 64  # bytes of pixels in a shard; shards of a store, where these allow
@@ -190,7 +190,7 @@ def _row(plan: Plan, sample: Sample, size: tuple[int, int]) -> Row:
     paths = [None if path is None else Path(path) for path in (sample.image, sample.label)]
     image, label = (None if path is None else path.relative_to(root).as_posix() for path in paths)
     assert image is not None
-    files = tuple(0 if path is None else _length(path) for path in paths)
+    files = tuple((0, 0) if path is None else _stamp(path) for path in paths)
     return Row(
         sample.name,
         image,
@@ -208,9 +208,10 @@ def _row(plan: Plan, sample: Sample, size: tuple[int, int]) -> Row:
     )
 
 
-def _length(path: Path) -> int:
+def _stamp(path: Path) -> tuple[int, int]:
     try:
-        return path.stat().st_size
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns
     except OSError as error:
         raise BadFile(path, f"cannot be read any more ({error.strerror})", "restore it") from error
 
@@ -279,10 +280,11 @@ def _finish(plan: Plan) -> None:
     parts = [_read_part(plan, number) for number in range(len(plan.shards))]
     if any(rows is None for rows in parts):
         return
-    files = {}
+    names = [FILE]
     if plan.recipe.options["labelled"]:
         write_rcs_files(plan.index, plan.folder)
-        files = {name: checksum((plan.folder / name).read_bytes()) for name in STATS_FILES}
+        names += STATS_FILES
+    files = {name: checksum((plan.folder / name).read_bytes()) for name in names}
     rows = tuple(row for part in parts for row in part or ())
     store = ImageStore(plan.folder, plan.recipe, plan.index.classes, rows, plan.notes, files)
     write_file(plan.folder / INDEX, plan.folder, lambda file: file.write(index_text(store)), to_disk=True)

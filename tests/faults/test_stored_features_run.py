@@ -116,7 +116,9 @@ def test_a_store_that_was_made_anew_with_other_options_is_noticed_at_resume(fold
         interrupt_at(patched, 4)
         assert main([*options, *COMPOSED, "--run.dir", str(run)]) == 3
     assert prepare_features(scenes / "target", "--sam.encoder=small", "--dtype=fp16", "--overwrite") == 0
-    with pytest.raises(UserError, match=r"^--data.target_features: .+ dtype int8.+ now there is .+ dtype fp16.+ new run"):
+    with pytest.raises(
+        UserError, match=r"^--data.target_features: .+ dtype int8.+ now there is .+ dtype fp16.+ new run"
+    ):
         main(["--resume", str(run)])
     assert prepare_features(scenes / "target", "--sam.encoder=small", "--dtype=int8", "--overwrite") == 0
     assert main(["--resume", str(run)]) == 0
