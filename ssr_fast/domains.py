@@ -2,20 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ssr_fast.config import TrainConfig
-from ssr_fast.data.batch import Batch
 from ssr_fast.data.cache import Report
 from ssr_fast.data.feature_jobs import make_features
 from ssr_fast.data.feature_map import grid_of
 from ssr_fast.data.features import FeatureShape, FeatureStore, create_features, open_features
 from ssr_fast.data.index import DomainConfig, Index, build_index, total_counts
 from ssr_fast.data.labels import ClassSet
-from ssr_fast.data.plan import Plan
+from ssr_fast.data.loader import Choice, Inputs, choose_loader
 from ssr_fast.data.residents import Residents, read_residents
 from ssr_fast.data.scenes import write_scenes
 from ssr_fast.data.segment_jobs import Task, make_maps
@@ -24,7 +22,6 @@ from ssr_fast.data.store import ImageStore
 from ssr_fast.data.store_index import require_originals
 from ssr_fast.data.stores import Store
 from ssr_fast.data.superpixels import SuperpixelConfig, Superpixels
-from ssr_fast.data.torch_loader import StepDataset, load_steps
 from ssr_fast.engine.trainer import pick_device
 from ssr_fast.errors import UserError
 from ssr_fast.methods.ssr import StoredFeatures
@@ -143,31 +140,25 @@ def _index(name: str, domain: DomainConfig, target: DomainConfig, report: Report
     return index
 
 
-def load(
-    config: TrainConfig, domains: Domains, first: int, last: int, pin: bool, features: Features | None
-) -> Iterator[Batch]:
-    """Batches of the steps first .. last - 1, on the host; `pin` puts them in page-locked memory."""
-    data = config.data
-    plan = Plan(
-        config.run.seed,
+def loader_of(config: TrainConfig, domains: Domains, device: torch.device) -> Choice:
+    """Which loader reads the data of a run, and why.
+
+    Raises:
+        UserError: the one that is asked for cannot be had.
+    """
+    pixels = "ssr" in config.stages() and config.sam.features == "cached_views"
+    return choose_loader(config.data, domains.source, domains.target, device, pixels)
+
+
+def inputs_of(domains: Domains, features: Features | None) -> Inputs:
+    """What the loader reads."""
+    return Inputs(
         domains.source,
         domains.target,
-        data.source.resize,
-        data.target.resize,
-        data.crop,
-        data.batch_size,
-        data.sampling,
+        domains.segments,
+        features.source if features else None,
+        features.target if features else None,
     )
-    dataset = StepDataset(
-        plan,
-        domains.source,
-        domains.target,
-        cache=data.cache,
-        segments=domains.segments,
-        source_features=features.source if features else None,
-        target_features=features.target if features else None,
-    )
-    return load_steps(dataset, first, last, data.workers, pin)
 
 
 def _segments(config: TrainConfig, target: Index) -> SegmentStore | ImageStore:

@@ -16,7 +16,8 @@ from rich.console import Console
 from ssr_fast.config import TrainConfig
 from ssr_fast.data.cache import Report
 from ssr_fast.data.labels import ClassSet
-from ssr_fast.domains import load, open_domains, stored_features
+from ssr_fast.data.loader import load
+from ssr_fast.domains import inputs_of, loader_of, open_domains, stored_features
 from ssr_fast.engine import fork_server
 from ssr_fast.engine.apex import check_fused
 from ssr_fast.engine.attention import check_attention, check_sam_attention
@@ -77,7 +78,9 @@ class Session:
             if self._in_processes():
                 fork_server.start(__name__)  # while this process checks the data
         self.domains = open_domains(config, self.folder, report)
-        self._check_stores()
+        self.loader = loader_of(config, self.domains, self.device)
+        if command:
+            self._check_stores()
         self.classes = self.domains.classes
         self.evaluator = self._evaluator()
         self.summary = self._read_summary()
@@ -205,13 +208,16 @@ class Session:
             stored=stored,
         )
         wrap(method, config.run, self.precision)
+        inputs = inputs_of(self.domains, features)
         store, log = self._records(stage)
         branch = None
         if shared and name == "self_training":
             branch = Branch(shared, *self._records(STAGE_NAMES["supervised"]))
         trainer = Trainer(
             method,
-            lambda first, last: load(config, self.domains, first, last, self.device.type == "cuda", features),
+            lambda first, last: load(
+                config.data, inputs, self.loader, config.run.seed, first, last, self.device, self.report
+            ),
             self.evaluator.scores if self.domains.evaluation is not None else None,
             run=config.run,
             optim=self._optim(name),

@@ -15,9 +15,6 @@ from ssr_fast.data.batch import Batch, batch_of
 from ssr_fast.data.samples import StepSamples
 from ssr_fast.errors import UserError
 
-PREFETCH = 4
-"""Batches that each worker reads ahead."""
-
 
 class StepDataset(StepSamples, Dataset[Batch]):
     """Item `step` is the batch of that step for one rank; arguments as of StepSamples."""
@@ -54,7 +51,7 @@ def _start_worker(worker: int) -> None:
     random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
 
 
-def load_steps(dataset: StepDataset, first: int, last: int, workers: int, pin: bool) -> Iterator[Batch]:
+def load_steps(dataset: StepDataset, first: int, last: int, workers: int, pin: bool, prefetch: int = 4) -> Iterator[Batch]:
     """Batches of the steps first .. last - 1, in order, whatever the number of workers."""
     loader: DataLoader[Batch | UserError] = DataLoader(
         _Reported(dataset),
@@ -63,7 +60,7 @@ def load_steps(dataset: StepDataset, first: int, last: int, workers: int, pin: b
         num_workers=workers,
         pin_memory=pin,
         worker_init_fn=_start_worker,
-        prefetch_factor=PREFETCH if workers else None,
+        prefetch_factor=prefetch if workers else None,
     )
     for batch in loader:
         if isinstance(batch, UserError):
