@@ -6,7 +6,9 @@ import queue
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -76,7 +78,7 @@ class Processes:
         if not self._children:
             return
         done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-        if all(child.is_alive() for child in self._children):
+        if not self._ended():
             threading.Thread(target=_call, args=(self._pool.close, done), daemon=True).start()
             try:
                 done.get(timeout=_PATIENCE)
@@ -88,15 +90,28 @@ class Processes:
         self._pool.pool._observer = None  # DALI's thread that ends processes: nobody is to wait for it any more
         self._children = []
 
+    def _ended(self) -> list[Any]:
+        """The processes that are no more. Sentinels tell: DALI's own thread may have taken an exit code first."""
+        ended = connection.wait([child.sentinel for child in self._children], timeout=0)
+        return [child for child in self._children if child.sentinel in ended]
+
     def _check(self) -> None:
-        dead = [child for child in self._children if not child.is_alive()]
-        if dead:
-            code = dead[0].exitcode
-            how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+        ended = self._ended()
+        if ended:
             raise Died(
-                f"a worker process of the DALI loader {how}: if memory ran out, give a lower --data.workers, and go on "
-                "with --resume"
+                f"a worker process of the DALI loader {_end_of(ended[0])}: if memory ran out, give a lower "
+                "--data.workers, and go on with --resume"
             )
+
+
+def _end_of(child: Any) -> str:
+    """How an ended process has ended."""
+    for _ in range(20):
+        code = child.exitcode
+        if code is not None:
+            return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        time.sleep(0.05)  # another thread has the code, and is about to store it
+    return "died"
 
 
 def _call(function: Callable[[], Any], done: "queue.SimpleQueue[Exception | None]") -> None:
