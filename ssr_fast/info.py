@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssr_fast.commandline import DONE, command_parser, parse, run
+from ssr_fast.data.dali_loader import not_supported_reasons
 from ssr_fast.engine.apex import apex_reasons
 from ssr_fast.engine.attention import head_shapes, xformers_problem
 from ssr_fast.engine.environment import environment, missing
@@ -75,6 +76,7 @@ def _choices() -> dict[str, str | None]:
     device = pick_device("auto")
     dtype = computed_dtype(pick_precision("auto", device))
     return {
+        "--data.loader dali": "; ".join(not_supported_reasons(device)) or None,
         "--optim.fused apex": "; ".join(apex_reasons(device)) or None,
         "--run.attention xformers": xformers_problem(head_shapes("mit_b5"), dtype, device),
     }

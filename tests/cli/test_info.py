@@ -22,7 +22,7 @@ def test_json_is_one_object_with_every_entry():
     assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
     assert set(facts["missing"]) == {name for name, version in facts["versions"].items() if version is None}
     assert set(facts["libraries"]) == set(LIBRARIES)
-    assert set(facts["choices"]) == {"--optim.fused apex", "--run.attention xformers"}
+    assert set(facts["choices"]) == {"--data.loader dali", "--optim.fused apex", "--run.attention xformers"}
     if not facts["devices"]:
         assert "on a GPU, and there is none in use" in facts["choices"]["--optim.fused apex"]
     assert {"align", "dwconv_gelu", "dwconv_dilated", "segloss", "pseudo_label"} <= set(facts["ops"])

@@ -1,0 +1,142 @@
+"""DALI's worker processes: how they start, and how they end when one was killed, the parent died or nobody reads on."""
+
+import multiprocessing
+import os
+import queue
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import connection
+from typing import Any
+
+import torch
+
+from ssr_fast.errors import UserError
+
+_POLL = 0.5  # seconds between two looks at the processes while DALI lets one wait
+_PATIENCE = 10.0  # seconds that a process has to end its sample when the loader is closed
+
+
+def start_worker() -> None:
+    """Workers leave stopping to the parent: a terminal's Ctrl-C reaches the whole process group."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "samples are unpickled in worker processes only"
+    parent.join()
+    os._exit(1)  # the main thread waits for a parent that is gone
+
+
+class Died(UserError):
+    """A worker process has ended by itself."""
+
+
+class Processes:
+    """DALI's worker processes, if it has any, and calls of DALI that wait for them.
+
+    When one was killed, DALI mostly says so, but it may also wait forever for a semaphore that the dead process was to
+    release: in a step, in its own close(), and so when Python exits. So it is called in threads that may be left.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pool = pipeline._py_pool  # DALI names its processes nowhere else
+        pids = self._pool.pids() if self._pool is not None else []
+        self._children = [child for child in multiprocessing.active_children() if child.pid in pids]
+
+    def call(self, function: Callable[[], Any]) -> None:
+        """function().
+
+        Raises:
+            Died: a process has died, before or meanwhile.
+        """
+        if not self._children:
+            function()
+            return
+        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        threading.Thread(target=_call, args=(function, done), daemon=True).start()
+        while True:
+            try:
+                error = done.get(timeout=_POLL)
+            except queue.Empty:
+                self._check()
+                continue
+            if error is not None:
+                self._check()
+                raise error
+            return
+
+    def close(self) -> None:
+        """End the processes: at once, after the samples that they are at, or by force. May be called again."""
+        if not self._children:
+            return
+        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        if not self._ended():
+            threading.Thread(target=_call, args=(self._pool.close, done), daemon=True).start()
+            try:
+                done.get(timeout=_PATIENCE)
+            except queue.Empty:
+                pass  # a process hangs in a read, or died just now
+        for child in self._children:
+            child.kill()
+            child.join()
+        self._pool.pool._observer = None  # DALI's thread that ends processes: nobody is to wait for it any more
+        self._children = []
+
+    def _ended(self) -> list[Any]:
+        """The processes that are no more. Sentinels tell: DALI's own thread may have taken an exit code first."""
+        ended = connection.wait([child.sentinel for child in self._children], timeout=0)
+        return [child for child in self._children if child.sentinel in ended]
+
+    def _check(self) -> None:
+        ended = self._ended()
+        if ended:
+            raise Died(
+                f"a worker process of the DALI loader {_end_of(ended[0])}: if memory ran out, give a lower "
+                "--data.workers, and go on with --resume"
+            )
+
+
+def _end_of(child: Any) -> str:
+    """How an ended process has ended."""
+    for _ in range(20):
+        code = child.exitcode
+        if code is not None:
+            return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        time.sleep(0.05)  # another thread has the code, and is about to store it
+    return "died"
+
+
+def _call(function: Callable[[], Any], done: "queue.SimpleQueue[Exception | None]") -> None:
+    """function(), and what it raised, or None, into `done`."""
+    try:
+        function()
+    except Exception as error:  # handed to the thread that waits
+        done.put(error)
+    else:
+        done.put(None)
+
+
+def start(pipeline: Any) -> Processes:
+    """Build the pipeline, which starts its processes.
+
+    Raises:
+        UserError: a process ended before it was ready.
+    """
+    try:
+        pipeline.build()
+    except RuntimeError as error:
+        if "Workers initialization failed" not in str(error):
+            raise
+        raise UserError(
+            "a worker process of the DALI loader ended before it was ready: see above what it wrote, or give "
+            "--data.workers 0 to read in the training process"
+        ) from None
+    return Processes(pipeline)
