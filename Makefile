@@ -11,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 IMPORTED := ssr_fast.train ssr_fast.arguments ssr_fast.session matplotlib.figure matplotlib.backends.backend_agg
-PACKAGES := -c constraints.txt -e '.[dev]'
+PACKAGES := -c constraints.txt -e '.[dali,dev]'
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: train test lint gpu clean

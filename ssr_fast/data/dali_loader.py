@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssr_fast.data.augment import MEAN, STD
 from ssr_fast.data.dali_processes import Died, start, start_worker
+from ssr_fast.data.geometry import MEAN, STD
 from ssr_fast.errors import UserError
 
 _ARRAYS = {"array": 1, "pixels": 2, "jpeg": 4}  # arrays that a source hands over for an output of each kind

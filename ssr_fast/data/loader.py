@@ -38,8 +38,8 @@ class DataConfig:
     batch_size: int = 2
     """Images a domain in one step of one process."""
     loader: str = "auto"
-    """auto, torch (PyTorch's DataLoader) or dali (NVIDIA DALI: it decodes, flips and normalises on the device, and reads
-    prepared stores). auto is dali on a GPU where it can be had, else torch; a line says why."""
+    """torch (PyTorch's DataLoader), dali (NVIDIA DALI, for prepared stores: it decodes, flips and normalises on the
+    device) or auto: dali on a GPU where it can be had, else torch; a line says why."""
     workers: int = 4
     """Processes that read samples; 0 reads in the training process."""
     prefetch: int = 4
@@ -177,20 +177,15 @@ def load(
     """
     boxes = config.source.resize, config.target.resize
     plan = Plan(seed, inputs.source, inputs.target, *boxes, config.crop, config.batch_size, config.sampling)
-    what = {
-        "segments": inputs.segments,
-        "source_features": inputs.source_features,
-        "target_features": inputs.target_features,
-    }
     if choice.name == "dali":
-        samples = DaliSamples(plan, inputs.source, inputs.target, **what)
+        samples = DaliSamples(plan, **vars(inputs))
         report(f"loader: dali ({choice.reason})")
         for parts in load_dali(
             samples, first, last, device=device, workers=config.workers, queue=config.prefetch, report=report
         ):
             yield batch_of(parts, config.crop)
         return
-    dataset = StepDataset(plan, inputs.source, inputs.target, cache=config.cache, **what)
+    dataset = StepDataset(plan, **vars(inputs), cache=config.cache)
     pin = device.type == "cuda"
     for number, batch in enumerate(load_steps(dataset, first, last, config.workers, pin, config.prefetch)):
         if number == 0:
@@ -205,4 +200,6 @@ def _queues(batch: Batch, choice: Choice, config: DataConfig) -> str:
     if config.workers == 0:
         return f"{line}, in the training process, a batch of {size:.1f} MB at a time"
     count = config.workers * config.prefetch
-    return f"{line}, {config.workers} processes, up to {count} batches of {size:.1f} MB in advance ({count * size:.0f} MB)"
+    return (
+        f"{line}, {config.workers} processes, up to {count} batches of {size:.1f} MB in advance ({count * size:.0f} MB)"
+    )

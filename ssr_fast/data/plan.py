@@ -3,7 +3,6 @@
 Nothing is drawn inside a loader, so every loader sees the same samples and a resumed run needs the step number only.
 """
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from ssr_fast.data.geometry import fitted_size
 from ssr_fast.data.index import Index
 
 TRIES = 10  # candidate crops a view; the first that satisfies the source's conditions is taken
+_KEPT_ORDERS = 4
 _SOURCE, _TARGET, _ORDER = 1, 2, 4  # streams of the generator
 
 
@@ -113,7 +113,7 @@ class Plan:
         samples = source.samples if source is not None else ()
         self._source_sizes = [fitted_size(s.width, s.height, source_box) for s in samples]
         self._target_sizes = [fitted_size(s.width, s.height, target_box) for s in target.samples]
-        self._order = functools.lru_cache(maxsize=4)(self._draw_order)
+        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
         self._probabilities, self._files = None, None
         if sampling.rare_class and samples:
             counts = np.array([sample.counts for sample in samples], np.int64)  # [files, K]
@@ -131,8 +131,13 @@ class Plan:
     def _generator(self, stream: int, position: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(key=[self.seed, stream], counter=[0, 0, 0, position]))
 
-    def _draw_order(self, stream: int, epoch: int, count: int) -> NDArray[np.int64]:
-        return self._generator(stream + _ORDER, epoch).permutation(count)
+    def _order(self, stream: int, epoch: int, count: int) -> NDArray[np.int64]:
+        """The permutation of an epoch; a few are kept, for a batch may reach from one into the next."""
+        if (stream, epoch) not in self._orders:
+            if len(self._orders) >= _KEPT_ORDERS:
+                self._orders.clear()
+            self._orders[stream, epoch] = self._generator(stream + _ORDER, epoch).permutation(count)
+        return self._orders[stream, epoch]
 
     def _in_order(self, stream: int, position: int, count: int) -> int:
         """Epoch by epoch through a fresh permutation: no image twice before all were seen once."""

@@ -51,7 +51,9 @@ def _start_worker(worker: int) -> None:
     random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
 
 
-def load_steps(dataset: StepDataset, first: int, last: int, workers: int, pin: bool, prefetch: int = 4) -> Iterator[Batch]:
+def load_steps(
+    dataset: StepDataset, first: int, last: int, workers: int, pin: bool, prefetch: int = 4
+) -> Iterator[Batch]:
     """Batches of the steps first .. last - 1, in order, whatever the number of workers."""
     loader: DataLoader[Batch | UserError] = DataLoader(
         _Reported(dataset),

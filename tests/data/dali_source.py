@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ssr_fast.data.augment import crop_image, normalise_batch
+from ssr_fast.data.augment import normalise_batch
 from ssr_fast.data.dali_loader import Output, load_dali
+from ssr_fast.data.geometry import crop_image
 
 CPU = torch.device("cpu")
 PIXELS = Output("target_image", "pixels")
