@@ -53,20 +53,26 @@ def crop_image(
         size: (height, width) of the crop.
         flip: mirror left to right after cutting.
     """
-    out = np.empty((*size, 3), np.uint8)
-    out[:] = np.rint(MEAN).astype(np.uint8)
-    return _paste(image, out, corner, flip)
+    return _cut(image, corner, size, flip, tuple(np.rint(MEAN).astype(int).tolist()))
 
 
 def crop_label(
     label: NDArray[_Ids], corner: tuple[int, int], size: tuple[int, int], flip: bool, outside: int = IGNORE
 ) -> NDArray[_Ids]:
     """Cut a crop out of label (or segments) [H, W], as `crop_image`; what lies outside is ignored (255)."""
-    return _paste(label, np.full(size, outside, label.dtype), corner, flip)
+    return _cut(label, corner, size, flip, outside)
 
 
-def _paste(array: NDArray[_Ids], out: NDArray[_Ids], corner: tuple[int, int], flip: bool) -> NDArray[_Ids]:
+def _cut(
+    array: NDArray[_Ids], corner: tuple[int, int], size: tuple[int, int], flip: bool, outside: int | tuple[int, ...]
+) -> NDArray[_Ids]:
+    """A part of array [H, W] or [H, W, 3], in memory of its own."""
     x, y = corner
-    part = array[y : y + out.shape[0], x : x + out.shape[1]]
-    out[: part.shape[0], : part.shape[1]] = part
-    return np.ascontiguousarray(out[:, ::-1]) if flip else out
+    part = array[y : y + size[0], x : x + size[1]]
+    if part.shape[:2] != size:
+        whole = np.empty((*size, *array.shape[2:]), array.dtype)
+        whole[:] = outside
+        whole[: part.shape[0], : part.shape[1]] = part
+        part = whole
+    # OpenCV mirrors pixels of three bytes several times faster than NumPy
+    return cv2.flip(part, 1).astype(array.dtype, copy=False) if flip else part.copy()
