@@ -70,7 +70,7 @@ def load(path: Path, class_count: int, report: Report) -> dict[str, Row]:
     try:
         content = json.loads(path.read_text(encoding="ascii"))
         return {name: _row(fields, class_count) for name, fields in content.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         report(f"the index cache {path} is damaged ({type(error).__name__}: {reason}) and is built anew")
         return {}

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from ssr_fast import prepare
 from ssr_fast.data.images import BadFile, decode_image, decode_label, decode_synthia_label, palette_color, read_image
 from ssr_fast.data.index import Diagnosis, DomainConfig, diagnose
 
-OPEN_ALONE = {"images": (decode_image,), "labels": (decode_label, decode_synthia_label)}
+DECODERS: tuple[Callable[[Path], object], ...] = (
+    decode_image, decode_label, decode_synthia_label, lambda path: palette_color(path, 7),
+)  # fmt: skip
 
 
 def peak_bytes() -> int:
@@ -27,11 +30,11 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 
 
-def check(root: str, split: list[str], report: Path) -> dict[str, Any]:
+def check(root: str, options: list[str], report: Path) -> dict[str, Any]:
     """`prepare check` with its exit code, output and JSON file."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = prepare.main(["check", root, "--json", str(report), *split])
+        code = prepare.main(["check", root, "--json", str(report), *options])
     return {"code": code, "printed": printed.getvalue(), **json.loads(report.read_text())}
 
 
@@ -47,16 +50,16 @@ def read_samples(diagnosis: Diagnosis) -> dict[str, str]:
             label = diagnosis.layout.read_label(sample.label)
             if label.dtype != np.uint8 or label.shape != shape:
                 problem += f" label {label.dtype} {label.shape}"
-            if tuple(np.bincount(label.ravel(), minlength=256)[: len(sample.counts or ())]) != sample.counts:
+            if tuple(int((label == k).sum()) for k in range(len(sample.counts or ()))) != sample.counts:
                 problem += " counts differ"
         found[sample.name] = problem
     return found
 
 
-def open_alone(path: str, side: str) -> dict[str, str]:
+def open_alone(path: str) -> dict[str, str]:
     """Decoder -> what it raised besides BadFile; and a BadFile that is not about this very file."""
     wrong = {}
-    for decode in (*OPEN_ALONE[side], lambda file: palette_color(file, 7)):
+    for decode in DECODERS:
         try:
             decode(Path(path))
         except BadFile as error:
@@ -70,18 +73,19 @@ def open_alone(path: str, side: str) -> dict[str, str]:
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """Look at everything the job names."""
     os.cpu_count = lambda: 16  # as many threads as there may ever be
-    warnings.simplefilter("default")
+    warnings.simplefilter("always")  # so that one that comes through is seen in the output
     result: dict[str, Any] = {"base": peak_bytes(), "roots": {}}
-    for number, (root, unlabelled) in enumerate(job["roots"]):
-        looks = [check(root, ["--unlabelled"] * unlabelled, Path(job["out"]) / f"{number}-{k}.json") for k in range(2)]
-        config = DomainConfig(root=root)
-        fresh = diagnose(config, not unlabelled, cache=Path(job["out"]) / f"other cache {number}")
-        result["roots"][root + " unlabelled" * unlabelled] = {
+    for number, (root, labelled) in enumerate(job["roots"]):
+        options = [] if labelled else ["--unlabelled"]
+        looks = [check(root, options, Path(job["out"]) / f"{number}-{k}.json") for k in range(2)]
+        diagnosis = diagnose(DomainConfig(root=root), labelled)
+        result["roots"][root] = {
             "looks": looks,
-            "samples": read_samples(fresh),
-            "again": sorted([str(row.path), str(row)] for row in fresh.rows),
+            "samples": read_samples(diagnosis),
+            "sentences": [str(row) for row in diagnosis.rows],
         }
-    result["alone"] = {path: wrong for path, side in job["alone"] if (wrong := open_alone(path, side))}
+    warnings.simplefilter("ignore")
+    result["alone"] = {path: wrong for path in job["alone"] if (wrong := open_alone(path))}
     result["peak"] = peak_bytes()
     return result
 

@@ -129,10 +129,23 @@ def build_folder(root: Path, cases: Sequence[Case], classes: object) -> dict[Pat
     for number, case in enumerate(cases):
         width, height = case.size
         large = width * height > 1 << 20  # noise of that size would take long to draw
-        good = np.zeros((height, width), np.uint8) if large else (picture if case.label else ids)(1000 + number, *case.size)
+        good = (
+            np.zeros((height, width), np.uint8)
+            if large
+            else (picture if case.label else ids)(1000 + number, *case.size)
+        )
         if colors is not None and not case.label:
             good = colors[good % len(colors)]
         made[_make_pair(root / "images", root / "labels", case, encoded(good, "PNG", compress_level=1))] = case
+    return made
+
+
+def build_unlabelled(root: Path, cases: Sequence[Case]) -> dict[Path, Case]:
+    """A `folder` data set of images alone."""
+    (root / "images").mkdir(parents=True)
+    made = {root / "images" / f"{case.stem}{case.suffix}": case for case in cases}
+    for path, case in made.items():
+        case.make(path)
     return made
 
 
@@ -152,6 +165,11 @@ def _make_pair(images: Path, labels: Path, case: Case, good: bytes) -> Path:
     path = bad / f"{case.stem}{case.suffix}"
     case.make(path)
     return path
+
+
+def partner(path: Path) -> Path:
+    """The good file beside a malformed one of a `folder` data set."""
+    return path.parents[1] / ("images" if path.parent.name == "labels" else "labels") / f"{path.stem}.png"
 
 
 def synthia_label(seed: int, width: int = WIDTH, height: int = HEIGHT) -> bytes:
