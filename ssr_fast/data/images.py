@@ -34,6 +34,7 @@ _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # of IMAGE_SUFFIXES; for EPS 
 _SINGLE = ("1", "L", "P", "I", "F")  # modes of one channel, besides those of 16 bits
 
 _EXIF_ORIENTATION = 0x0112
+_GIVE_RELEASED = "give the released GT/LABELS files, or name converted ones *_labelTrainIds.png"
 _RESTORE = "restore it from its source or remove it"
 
 _DECODE_ERRORS = (
@@ -111,10 +112,11 @@ def decode_synthia_label(path: Path) -> NDArray[np.generic]:
     The class is the first of three RGB channels and sits in the low byte, which Pillow cuts off: OpenCV reads it.
 
     Raises:
-        BadFile: the file cannot be opened or decoded, is a JPEG, or has not three channels.
+        BadFile: the file cannot be opened or decoded, is no PNG, or has not three channels.
     """
     with opened(path) as image:
-        _refuse_jpeg(image, path)
+        if image.format != "PNG":  # of other headers Pillow and OpenCV may read different sizes: the check is Pillow's
+            raise BadFile(path, f"is a {image.format} where SYNTHIA's labels are PNG", _GIVE_RELEASED)
         values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:
         raise BadFile(path, "cannot be decoded (damaged or cut short)", _RESTORE)
@@ -122,7 +124,7 @@ def decode_synthia_label(path: Path) -> NDArray[np.generic]:
         raise BadFile(
             path,
             "has one channel where a SYNTHIA label has the class in the first of three",
-            "give the released GT/LABELS files, or name converted ones *_labelTrainIds.png",
+            _GIVE_RELEASED,
         )
     return values[:, :, 2]  # [H, W]; OpenCV's order is BGR
 

@@ -20,9 +20,9 @@ def files_below(folder: Path) -> list[Path]:
     """
     files: list[Path] = []
     start = os.path.realpath(folder)
-    stack, met, repeats = [(str(folder), frozenset([start]))], {start}, 0
+    stack, met, repeats = [(str(folder), start, frozenset([start]))], {start}, 0
     while stack:
-        current, above = stack.pop()
+        current, resolved, above = stack.pop()
         children = _children(current)
         if not children and current.lower().endswith(IMAGE_SUFFIXES):
             files.append(Path(current))
@@ -30,7 +30,8 @@ def files_below(folder: Path) -> list[Path]:
             if not _is_folder(child):
                 files.append(Path(child.path))
                 continue
-            real = os.path.realpath(child.path)
+            real = os.path.join(resolved, child.name)
+            real = os.path.realpath(real) if child.is_symlink() else real
             if real in above:
                 continue
             repeats += real in met
@@ -40,7 +41,7 @@ def files_below(folder: Path) -> list[Path]:
                     f"the last of them {printable(Path(child.path))}; remove the links that lead to each other"
                 )
             met.add(real)
-            stack.append((child.path, above | {real}))
+            stack.append((child.path, real, above | {real}))
     return sorted(files)
 
 

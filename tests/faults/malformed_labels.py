@@ -176,6 +176,8 @@ def _synthia_damaged() -> Iterator[Case]:
         ("wider than OpenCV reads", png((1 << 20) + 7, 1, flat, depth=16), NAMED),
         ("bomb behind the pixels", png(WIDTH, HEIGHT, packed, depth=16), NAMED),
         ("bomb in text", before, ANY),
+        ("bmp", encoded(np.full((HEIGHT, WIDTH, 3), 3, np.uint8), "BMP"), NAMED),
+        ("bmp of two sizes", crafted.bmp_sized(545, 48, 8), NAMED),
         ("gif", encoded(picture(544), "GIF"), NAMED),
         ("float", encoded(np.ones((HEIGHT, WIDTH), np.float32), "TIFF"), NAMED),
     ):
