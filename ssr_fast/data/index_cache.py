@@ -12,7 +12,7 @@ from ssr_fast.data.layouts import Entry, Layout
 
 Report = Callable[[str], None]
 
-_VERSION = 1  # to be raised whenever the check of a file changes, so that old results do not count
+_VERSION = 2  # to be raised whenever the check of a file changes, so that old results do not count
 
 
 @dataclass(frozen=True)
