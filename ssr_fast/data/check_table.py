@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ssr_fast.data.images import printable
 from ssr_fast.data.index import Diagnosis, total_counts
 
 MAX_ROWS = 50
@@ -66,7 +67,7 @@ def _print_problems(diagnosis: Diagnosis, console: Console) -> None:
     for row in diagnosis.rows[:MAX_ROWS]:
         path = row.path.relative_to(root) if row.path != root and row.path.is_relative_to(root) else row.path
         advice = row.advice if row.fatal else f"left out; {row.advice}"
-        table.add_row(_text(str(path)), _text(row.problem, "red" if row.fatal else "yellow"), _text(advice))
+        table.add_row(_text(printable(path)), _text(row.problem, "red" if row.fatal else "yellow"), _text(advice))
     console.print(table)
     if len(diagnosis.rows) > MAX_ROWS:
         console.print(_text(f"and {len(diagnosis.rows) - MAX_ROWS} more; --json FILE writes all of them"))

@@ -72,7 +72,7 @@ def _parse(path: Path) -> Any:
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"the classes file {path} cannot be read ({error.strerror}); check its name") from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"the classes file {path} is not valid {path.suffix[1:] or 'text'} ({reason}); correct it"

@@ -63,7 +63,7 @@ def read_rcs_files(folder: Path, index: Index) -> tuple[tuple[int, ...], ...]:
         known = {_file_name(row["file"]): row for row in rows}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); write it first") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} is not a list of class statistics ({type(error).__name__}); write it anew") from error
     return tuple(_counts(known, sample, index.classes.count, path) for sample in index.samples)
 

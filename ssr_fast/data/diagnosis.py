@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ssr_fast.data.images import printable
 from ssr_fast.data.labels import ClassSet
 from ssr_fast.data.layouts import Layout
 
@@ -56,7 +57,7 @@ class Problem:
     fatal: bool = True
 
     def __str__(self) -> str:
-        return f"{self.path} {self.problem}; {self.advice}"
+        return f"{printable(self.path)} {self.problem}; {self.advice}"
 
 
 @dataclass(frozen=True)

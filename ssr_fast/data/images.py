@@ -4,6 +4,7 @@ Legend: H W pixels.
 """
 
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -23,25 +24,40 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 89_478_485
 """Pillow's own bound for files that are not decompression bombs; the sets of the field stay under 25 million."""
 
+MAX_SIDE = 65_535
+"""Pixels a side, as in JPEG: a row costs its pointer and padding however narrow it is, and OpenCV has bounds too."""
+
+MAX_BYTES = 1 << 30
+"""Size of a file: MAX_PIXELS of 16-bit RGBA and half as much again. Decoders of WebP read all of it at once."""
+
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # of IMAGE_SUFFIXES; for EPS Pillow would run Ghostscript
+_SINGLE = ("1", "L", "P", "I", "F")  # modes of one channel, besides those of 16 bits
+
 _EXIF_ORIENTATION = 0x0112
+_GIVE_RELEASED = "give the released GT/LABELS files, or name converted ones *_labelTrainIds.png"
 _RESTORE = "restore it from its source or remove it"
 
 _DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError, MemoryError, struct.error,
-    zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, MemoryError, struct.error,
+    zlib.error, cv2.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
-"""What Pillow's decoders raise on damaged files (SyntaxError among them: its word for a broken PNG)."""
+"""What decoders raise on damaged files (SyntaxError is Pillow's word for a broken PNG)."""
 
 
 class BadFile(UserError):
     """One file that cannot be used: `path`, the `problem` as a predicate, and `advice` what to do."""
 
     def __init__(self, path: Path, problem: str, advice: str) -> None:
-        super().__init__(f"{path} {problem}; {advice}")
+        super().__init__(f"{printable(path)} {problem}; {advice}")
         self.path, self.problem, self.advice = path, problem, advice
 
     def __reduce__(self) -> tuple[type["BadFile"], tuple[Path, str, str]]:
         return BadFile, (self.path, self.problem, self.advice)  # loader processes send exceptions by pickle
+
+
+def printable(path: Path) -> str:
+    """A path for a sentence: line breaks, control characters and bytes that are not UTF-8 as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
 
 
 def decode_image(path: Path) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
@@ -51,7 +67,7 @@ def decode_image(path: Path) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     16-bit values the high byte is kept (>> 8). The EXIF orientation is not applied: labels are drawn on stored pixels.
 
     Raises:
-        BadFile: the file cannot be opened, is no image, is damaged, too large, or holds 32-bit values.
+        BadFile: the file cannot be opened, is no image, is damaged, too large, or holds 32-bit or negative values.
     """
     with opened(path) as image:
         # Before the pixels are loaded the decoder's arguments show the file's depth, of which the mode says nothing:
@@ -76,12 +92,13 @@ def decode_label(path: Path) -> NDArray[np.generic]:
         BadFile: as `decode_image`, or the file is a JPEG, or holds fractions.
     """
     with opened(path) as image:
-        if image.format == "JPEG":
-            raise BadFile(path, "is a JPEG, which does not keep class ids exact", "store labels as PNG")
-        if image.mode in ("RGBA", "LA", "CMYK"):
-            values = np.array(image.convert("RGB"))
-        else:
+        _refuse_jpeg(image, path)
+        if image.mode == "PA":
+            values = np.array(image.getchannel(0))
+        elif image.mode in _SINGLE or image.mode.startswith("I;16"):
             values = np.array(image)
+        else:
+            values = np.array(image.convert("RGB"))
     if values.dtype == np.bool_:
         values = values.astype(np.uint8)
     if values.dtype.kind not in "ui":
@@ -95,18 +112,19 @@ def decode_synthia_label(path: Path) -> NDArray[np.generic]:
     The class is the first of three RGB channels and sits in the low byte, which Pillow cuts off: OpenCV reads it.
 
     Raises:
-        BadFile: the file cannot be opened or decoded, or has not three channels.
+        BadFile: the file cannot be opened or decoded, is no PNG, or has not three channels.
     """
-    with opened(path):
-        data = np.fromfile(path, np.uint8)
-    values = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    with opened(path) as image:
+        if image.format != "PNG":  # of other headers Pillow and OpenCV may read different sizes: the check is Pillow's
+            raise BadFile(path, f"is a {image.format} where SYNTHIA's labels are PNG", _GIVE_RELEASED)
+        values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:
         raise BadFile(path, "cannot be decoded (damaged or cut short)", _RESTORE)
     if values.ndim != 3 or values.shape[2] < 3:
         raise BadFile(
             path,
             "has one channel where a SYNTHIA label has the class in the first of three",
-            "give the released GT/LABELS files, or name converted ones *_labelTrainIds.png",
+            _GIVE_RELEASED,
         )
     return values[:, :, 2]  # [H, W]; OpenCV's order is BGR
 
@@ -125,11 +143,10 @@ def palette_color(path: Path, index: int) -> tuple[int, ...] | None:
 def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """The open file, header read and size checked; every decoding error in the body becomes a BadFile."""
     try:
-        if os.stat(path).st_size == 0:
-            raise BadFile(path, "is empty (0 bytes)", _RESTORE)
-        with Image.open(path) as image:
+        _check_file(path)
+        with Image.open(path, formats=_FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
+            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                 raise _too_large(path, f"{width}x{height} pixels")
             yield image
     except BadFile:
@@ -145,8 +162,28 @@ def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
         raise BadFile(path, f"cannot be decoded ({reason})", _RESTORE) from error
 
 
+def _check_file(path: Path) -> None:
+    """What can be said before opening: a pipe would wait for ever, a device has no end."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise BadFile(path, "is a folder where an image file is expected", "rename or remove it")
+    if not stat.S_ISREG(status.st_mode):
+        raise BadFile(path, "is not a regular file (but a pipe, socket or device)", _RESTORE)
+    if status.st_size == 0:
+        raise BadFile(path, "is empty (0 bytes)", _RESTORE)
+    if status.st_size > MAX_BYTES:
+        raise BadFile(path, f"is too large ({status.st_size} bytes; the limit is {MAX_BYTES} bytes)", _RESTORE)
+
+
 def _too_large(path: Path, size: str) -> BadFile:
-    return BadFile(path, f"is too large ({size}; the limit is {MAX_PIXELS} pixels)", "cut it into parts or remove it")
+    limit = f"the limit is {MAX_PIXELS} pixels, {MAX_SIDE} a side"
+    return BadFile(path, f"is too large ({size}; {limit})", "cut it into parts or remove it")
+
+
+def _refuse_jpeg(image: ImageFile.ImageFile, path: Path) -> None:
+    """No label may have been through JPEG: as such, as the first of several pictures (MPO), or inside a TIFF."""
+    if image.format in ("JPEG", "MPO") or "jpeg" in str(image.info.get("compression", "")):
+        raise BadFile(path, "is a JPEG, which does not keep class ids exact", "store labels as PNG")
 
 
 def _notes(image: ImageFile.ImageFile, deep: bool) -> list[str]:
@@ -170,7 +207,10 @@ def _notes(image: ImageFile.ImageFile, deep: bool) -> list[str]:
 def _to_rgb(image: Image.Image, deep: bool, path: Path) -> NDArray[np.uint8]:
     """An open image of any mode -> RGB uint8 [H, W, 3]."""
     if image.mode.startswith("I;16") or (deep and image.mode == "I"):
-        grey = (np.array(image) >> 8).astype(np.uint8)  # [H, W]
+        values = np.array(image)  # [H, W]
+        if values.min() < 0:
+            raise BadFile(path, "holds negative values", "convert it to 8-bit RGB")
+        grey = (values >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise BadFile(path, "holds 32-bit values, whose range is unknown", "convert it to 8-bit RGB")

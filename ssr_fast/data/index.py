@@ -10,27 +10,33 @@ Legend: K classes.
 
 import os
 import shlex
+import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ssr_fast.data import index_cache
 from ssr_fast.data.cache import Report, default_folder
+from ssr_fast.data.decode_room import DecodeRoom
 from ssr_fast.data.diagnosis import Diagnosis, Index, Problem, Sample, total_counts
-from ssr_fast.data.images import BadFile, decode_image
+from ssr_fast.data.images import BadFile, decode_image, printable
 from ssr_fast.data.index_cache import Row
 from ssr_fast.data.labels import ClassSet
-from ssr_fast.data.layouts import LAYOUTS, Entry, Layout, Listing, find_layout, option_name
+from ssr_fast.data.layouts import LAYOUTS, Entry, Layout, Listing, find_layout
+from ssr_fast.data.roots import expanded, option_name
 from ssr_fast.data.store import is_store
 from ssr_fast.data.store_index import check_sizes, diagnose_store
 from ssr_fast.errors import UserError
 
 __all__ = ["Diagnosis", "DomainConfig", "Index", "Problem", "Sample", "build_index", "diagnose", "total_counts"]
 
+_STRIP = 1 << 20  # pixels that are counted at once
 _MAX_THREADS = 16  # Pillow decodes without the interpreter's lock; beyond this the disk is the limit
 
 
@@ -100,8 +106,8 @@ def usable(diagnosis: Diagnosis, config: DomainConfig, option: str, report: Repo
         raise UserError(f"{option_name(option, 'root')} {config.root}: {diagnosis.fatal[0]}{lists}")
     if diagnosis.rows:
         report(
-            f"{len(diagnosis.rows)} file(s) of {config.root} left out, the first because {diagnosis.rows[0].path} "
-            f"{diagnosis.rows[0].problem}; `{command}` lists them"
+            f"{len(diagnosis.rows)} file(s) of {config.root} left out, the first because "
+            f"{printable(diagnosis.rows[0].path)} {diagnosis.rows[0].problem}; `{command}` lists them"
         )
     for note in diagnosis.notes:
         report(note)
@@ -126,9 +132,10 @@ def diagnose(
     """
     if not config.root:
         raise UserError(f"{option_name(option, 'root')} is missing; give the data set's folder")
-    if is_store(Path(config.root).expanduser()):
+    root = expanded(Path(config.root), option)
+    if is_store(root):
         wanted = {name: getattr(config, name) for name in ("layout", "split", "condition", "classes")}
-        return diagnose_store(Path(config.root).expanduser(), wanted, labelled, option, report or _silent, again)
+        return diagnose_store(root, wanted, labelled, option, report or _silent, again)
     layout = find_layout(Path(config.root), config.layout, config.classes, option)
     if labelled and not layout.classes.count:
         raise UserError(
@@ -162,10 +169,17 @@ def diagnose(
 
 def _pairing_problems(listing: Listing, labelled: bool, layout: Layout) -> list[Problem]:
     """Images that share a name, images without label, images with two labels, labels without image."""
-    rows: list[Problem] = []
+    advice = "restore the folder that it leads to (is its disk there?) or remove it"
+    rows = [Problem(path, "is a link that leads nowhere", advice) for path in listing.lost]
     for one, two in zip(listing.entries, listing.entries[1:], strict=False):
         if one.name == two.name:
-            rows.append(Problem(two.image, f"has the same name as {one.image.name}", "rename or remove one of the two"))
+            rows.append(
+                Problem(
+                    two.image,
+                    f"has the same name as {printable(Path(one.image.name))}",
+                    "rename or remove one of the two",
+                )
+            )
     if not labelled:
         return rows
     missing = [entry.image for entry in listing.entries if entry.label is None]
@@ -174,7 +188,7 @@ def _pairing_problems(listing: Listing, labelled: bool, layout: Layout) -> list[
         return [*rows, Problem(layout.root, problem, "add them, or check it as unlabelled")]
     rows += [Problem(image, "has no label", "add its label or remove the image") for image in missing]
     rows += [
-        Problem(two, f"is a second label for the image of {one.name}", "remove one of the two")
+        Problem(two, f"is a second label for the image of {printable(Path(one.name))}", "remove one of the two")
         for one, two in listing.rivals
     ]
     return rows + [Problem(path, "has no image", "add its image", fatal=False) for path in listing.orphans]
@@ -184,26 +198,37 @@ class _LeftOut(BadFile):
     """A file that is no reason to stop: training does without it."""
 
 
-def _check(entry: Entry, layout: Layout, labelled: bool, stamp: index_cache.Stamp) -> Row:
-    """Open one image and its label completely.
+def _check(entry: Entry, layout: Layout, labelled: bool, stamp: index_cache.Stamp, room: DecodeRoom) -> Row:
+    """Open one image and its label completely, one after the other, each when there is room for it.
 
     Raises:
         BadFile: what is wrong with one of them.
     """
-    image, notes = decode_image(entry.image)
-    height, width = image.shape[:2]
+    with room.taken(entry.image):
+        image, notes = decode_image(entry.image)
+        height, width = image.shape[:2]
+        del image  # before another one takes its place
     if not labelled or entry.label is None:
         return Row(stamp, width, height, None, notes)
-    label = layout.read_label(entry.label)
+    with room.taken(entry.label):
+        label = layout.read_label(entry.label)
+        counts = _class_counts(label, layout.classes.count)
     if label.shape != (height, width):
         kind = _LeftOut if layout.name == "gta5" else BadFile
-        size = f"is {label.shape[1]}x{label.shape[0]} and its image {entry.image.name} is {width}x{height} pixels"
+        name = printable(Path(entry.image.name))
+        size = f"is {label.shape[1]}x{label.shape[0]} and its image {name} is {width}x{height} pixels"
         raise kind(entry.label, size, "remove the pair or restore both files from their source")
-    counts = np.bincount(label.ravel(), minlength=256)[: layout.classes.count]
-    if not counts.any():
+    if not any(counts):
         advice = "remove the pair, or check that the label belongs to this data set"
         raise BadFile(entry.label, "is ignored everywhere: no pixel of it has a class", advice)
-    return Row(stamp, width, height, tuple(counts.tolist()), notes)
+    return Row(stamp, width, height, counts, notes)
+
+
+def _class_counts(label: NDArray[np.uint8], class_count: int) -> tuple[int, ...]:
+    """Pixels of each class, [K], a few at a time: NumPy counts in copies of 8 bytes a pixel."""
+    flat = label.ravel()
+    parts = [np.bincount(flat[k : k + _STRIP], minlength=256) for k in range(0, flat.size, _STRIP)]
+    return tuple(np.sum(parts, axis=0)[:class_count].tolist())
 
 
 def _check_all(
@@ -218,27 +243,36 @@ def _check_all(
         report(f"checking {len(to_check)} of {len(entries)} files of {layout.root}")
     rows = dict(kept)
     problems: list[Problem] = []
+    room = DecodeRoom()
 
-    def check(entry: Entry) -> Row | BadFile:
+    def check(entry: Entry) -> Row | Problem:
         stamp = stamps[entry.name] or index_cache.Stamp(0, 0, "", 0, 0)  # no stamp: the check names the reason
         try:
-            return _check(entry, layout, labelled, stamp)
-        except BadFile as error:
-            return error
+            return _check(entry, layout, labelled, stamp, room)
+        except BadFile as error:  # which must not wait in the queue: its traceback holds the decoder's memory
+            return Problem(error.path, error.problem, error.advice, fatal=not isinstance(error, _LeftOut))
 
     pool = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
     try:
-        for entry, result in zip(to_check, pool.map(check, to_check), strict=True):
-            if isinstance(result, BadFile):
-                fatal = not isinstance(result, _LeftOut)
-                problems.append(Problem(result.path, result.problem, result.advice, fatal))
-            else:
-                rows[entry.name] = result
+        with _quiet_decoders():
+            for entry, result in zip(to_check, pool.map(check, to_check), strict=True):
+                if isinstance(result, Problem):
+                    problems.append(result)
+                else:
+                    rows[entry.name] = result
     finally:
         pool.shutdown(cancel_futures=True)
         if rows != known:
             index_cache.save(file, rows, report)
     return [(entry, rows[entry.name]) for entry in entries if entry.name in rows], problems
+
+
+@contextmanager
+def _quiet_decoders() -> Iterator[None]:
+    """Without Pillow's warnings, which name no file: what matters of them comes back as a problem that does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def _data_set_problems(samples: Sequence[Sample], layout: Layout, rows: Sequence[Problem]) -> list[Problem]:
@@ -262,7 +296,7 @@ def _notes(checked: Sequence[tuple[Entry, Row]], samples: Sequence[Sample], clas
         for note in row.notes:
             by_note[note].append(entry.image)
     notes = [
-        f"{len(images)} of {len(checked)} images: {note} (the first is {images[0]})"
+        f"{len(images)} of {len(checked)} images: {note} (the first is {printable(images[0])})"
         for note, images in sorted(by_note.items())
     ]
     absent = [classes.names[k] for k in np.flatnonzero(total_counts(samples) == 0)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from ssr_fast.data.cache import Report, write_text
 from ssr_fast.data.layouts import Entry, Layout
 
-_VERSION = 1  # to be raised whenever the check of a file changes, so that old results do not count
+_VERSION = 2  # to be raised whenever the check of a file changes, so that old results do not count
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def load(path: Path, class_count: int, report: Report) -> dict[str, Row]:
     try:
         content = json.loads(path.read_text(encoding="ascii"))
         return {name: _row(fields, class_count) for name, fields in content.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         report(f"the index cache {path} is damaged ({type(error).__name__}: {reason}) and is built anew")
         return {}

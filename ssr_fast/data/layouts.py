@@ -4,8 +4,7 @@ A layout pairs image and label files by key: the path below the split's folder, 
 Legend: H W pixels.
 """
 
-import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +22,14 @@ from ssr_fast.data.images import (
 )
 from ssr_fast.data.labels import CITYSCAPES, IGNORE, UNKNOWN, ClassSet, id_table, train_id_table
 from ssr_fast.data.layout_specs import CAMVID_DUSK, LAYOUTS, TRAIN_IDS, Spec
+from ssr_fast.data.roots import check_root, expanded, option_name
 from ssr_fast.data.store import ImageStore, is_store
+from ssr_fast.data.walk import files_below, leads_nowhere
 from ssr_fast.errors import UserError
 
 __all__ = ["LAYOUTS", "Entry", "Layout", "Listing", "find_layout", "option_name", "read_image"]
+
+_STRIP = 1 << 20  # pixels that are converted at once
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies in a split: the pairs, labels that no image claims, and images that two label files claim."""
+    """What lies in a split: pairs, labels that no image claims, images that two label files claim, lost folders.
+
+    A lost folder is a link without extension that leads nowhere, such as to a disk that is not there.
+    """
 
     entries: tuple[Entry, ...]
     orphans: tuple[Path, ...]
     rivals: tuple[tuple[Path, Path], ...]
+    lost: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -102,11 +109,13 @@ class Layout:
         entries: list[Entry] = []
         orphans: list[Path] = []
         rivals: list[tuple[Path, Path]] = []
+        lost: list[Path] = []
         for part in self._parts(split, condition, option):
             labels = self._labels(part.labels)
             claimed: set[Path] = set()
-            for image in _walk(part.images):
+            for image in files_below(part.images):
                 if image.suffix.lower() not in IMAGE_SUFFIXES:
+                    lost += [image] if not image.suffix and leads_nowhere(image) else []
                     continue
                 key, candidates = self._candidates(image, part.images, labels)
                 claimed.update(candidates)
@@ -117,7 +126,7 @@ class Layout:
                     rivals.append((candidates[0], candidates[1]))
             orphans += [path for same in labels.values() for path in same if path not in claimed]
         entries.sort(key=lambda entry: (entry.name, str(entry.image)))
-        return Listing(tuple(entries), tuple(sorted(orphans)), tuple(rivals))
+        return Listing(tuple(entries), tuple(sorted(orphans)), tuple(rivals), tuple(lost))
 
     def read_label(self, path: Path | str) -> NDArray[np.uint8]:
         """A label file -> train ids uint8 [H, W], 255 for pixels that do not count.
@@ -138,10 +147,10 @@ class Layout:
                 raise BadFile(path, "is colour-coded where class ids are expected", self._color_advice())
             raw = raw[..., 0]  # ids that were saved as grey RGB
         table = train_id_table(self.classes.count) if converted else self.table
-        label = _look_up(raw, table)
+        label = _in_strips(lambda rows: _look_up(rows, table), raw)
         unknown = label == UNKNOWN
         if unknown.any():
-            row, column = np.argwhere(unknown)[0]
+            row, column = divmod(int(unknown.argmax()), label.shape[1])
             raise BadFile(
                 path,
                 f"holds the value {raw[row, column]} at column {column}, row {row} ({unknown.sum()} pixel(s) "
@@ -154,21 +163,26 @@ class Layout:
 
     def _from_colors(self, raw: NDArray[np.generic], path: Path) -> NDArray[np.uint8]:
         """RGB [H, W, 3] -> train ids [H, W]; black is ignored unless a class has that colour."""
-        packed = _pack(raw)  # [H, W]
         # np.unique keeps the first of equal colours, so that a class whose colour is black comes before "ignored".
         colors, first = np.unique(_pack(np.array([*self.classes.colors, (0, 0, 0)])), return_index=True)
         train_ids = np.append(np.arange(self.classes.count), IGNORE).astype(np.uint8)[first]
-        position = np.searchsorted(colors, packed).clip(max=len(colors) - 1)  # [H, W]
-        unknown = colors[position] != packed
+
+        def convert(rows: NDArray[np.generic]) -> NDArray[np.uint8]:
+            packed = _pack(rows)  # [h, W]
+            position = np.searchsorted(colors, packed).clip(max=len(colors) - 1)
+            return np.where(colors[position] == packed, train_ids[position], np.uint8(UNKNOWN))
+
+        label = _in_strips(convert, raw)
+        unknown = label == UNKNOWN
         if unknown.any():
-            row, column = np.argwhere(unknown)[0]
+            row, column = divmod(int(unknown.argmax()), label.shape[1])
             color = tuple(np.asarray(raw[row, column]).tolist())
             raise BadFile(
                 path,
                 f"holds the colour {color} at column {column}, row {row}, which no class has",
                 "add it to colors in the classes file (black is ignored)",
             )
-        return train_ids[position]
+        return label
 
     def _color_advice(self) -> str:
         if self.name == "folder":
@@ -178,7 +192,7 @@ class Layout:
     def _labels(self, folder: Path) -> dict[str, list[Path]]:
         """Path below `folder` without extension -> the label files of that name (two if extensions differ)."""
         labels: dict[str, list[Path]] = {}
-        for path in _walk(folder) if folder.is_dir() else ():
+        for path in files_below(folder) if folder.is_dir() else ():
             if path.suffix.lower() in IMAGE_SUFFIXES and path.stem.endswith(self.spec.label_suffixes):
                 labels.setdefault(_without_extension(path, folder), []).append(path)
         return labels
@@ -249,13 +263,6 @@ class Layout:
         return legal if condition in ("", "all") else (condition,)
 
 
-def option_name(option: str, name: str) -> str:
-    """How an option is called in messages: --data.source.root, or for `prepare` (no prefix) ROOT and --split."""
-    if option:
-        return f"--{option}.{name}"
-    return "ROOT" if name == "root" else f"--{name}"
-
-
 def find_layout(root: Path, name: str = "auto", classes: str = "", option: str = "") -> Layout:
     """The layout of the data set at `root`.
 
@@ -268,8 +275,8 @@ def find_layout(root: Path, name: str = "auto", classes: str = "", option: str =
     Raises:
         UserError: the root is missing or empty, no layout fits, or the classes file is wrong.
     """
-    root = root.expanduser()
-    _check_root(root, option)
+    root = expanded(root, option)
+    check_root(root, option)
     if is_store(root):
         raise UserError(
             f"{option_name(option, 'root')} {root} is a prepared store; give the folder of the original data set"
@@ -298,19 +305,6 @@ def find_layout(root: Path, name: str = "auto", classes: str = "", option: str =
         read = read_class_file(class_file)
         return Layout(name, root, read.classes, read.table, read.color_coded)
     return Layout(name, root, spec.classes, id_table(spec.ids, known=spec.known))
-
-
-def _check_root(root: Path, option: str) -> None:
-    """The root is a folder, readable and not empty."""
-    where = f"{option_name(option, 'root')} {root}"
-    if not root.is_dir():
-        raise UserError(f"{where} {'is a file' if root.is_file() else 'does not exist'}; give the data set's folder")
-    try:
-        empty = next(root.iterdir(), None) is None
-    except OSError as error:
-        raise UserError(f"{where} cannot be listed ({error.strerror}); check its permissions") from error
-    if empty:
-        raise UserError(f"{where} is an empty folder; give the data set's folder")
 
 
 def _detect(root: Path, has_class_file: bool, option: str) -> str:
@@ -344,33 +338,19 @@ def _looks_like_gta5(root: Path) -> bool:
     return palette_color(root / "labels" / first.name, 7) == CITYSCAPES.colors[0]
 
 
-def _walk(folder: Path) -> list[Path]:
-    """All files below `folder`, sorted; links to folders are followed, never in a circle; hidden files are not seen.
-
-    A link that leads nowhere counts as a file, so that it is named as a bad one instead of going missing.
-    """
-    files: list[Path] = []
-    stack = [(str(folder), frozenset([os.path.realpath(folder)]))]
-    while stack:
-        current, above = stack.pop()
-        try:
-            children = [child for child in os.scandir(current) if not child.name.startswith(".")]
-        except OSError as error:
-            raise UserError(
-                f"the folder {current} cannot be listed ({error.strerror}); check its permissions"
-            ) from error
-        for child in children:
-            if not os.path.isdir(child.path):
-                files.append(Path(child.path))
-                continue
-            real = os.path.realpath(child.path)
-            if real not in above:
-                stack.append((child.path, above | {real}))
-    return sorted(files)
-
-
 def _without_extension(path: Path, folder: Path) -> str:
     return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _in_strips(
+    convert: Callable[[NDArray[np.generic]], NDArray[np.uint8]], raw: NDArray[np.generic]
+) -> NDArray[np.uint8]:
+    """`convert` of [H, W, ...] to [H, W], a few rows at a time: its wide integers take many times the label's bytes."""
+    label = np.empty(raw.shape[:2], np.uint8)
+    rows = max(1, _STRIP // raw.shape[1])
+    for top in range(0, len(raw), rows):
+        label[top : top + rows] = convert(raw[top : top + rows])
+    return label
 
 
 def _look_up(raw: NDArray[np.generic], table: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -4,6 +4,7 @@ H W pixels of a stored image, K classes.
 """
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -247,7 +248,7 @@ def is_store(root: Path) -> bool:
         content = json.loads((root / FILE).read_text(encoding="utf-8"))
         return bool(content["generator"] == GENERATOR)
     except (OSError, ValueError, TypeError, KeyError):
-        return (root / INDEX).is_file() and (root / FILE).is_file()
+        return os.path.isfile(root / INDEX) and os.path.isfile(root / FILE)  # Path's own raises for too long a name
 
 
 def open_store(root: Path, option: str) -> ImageStore:

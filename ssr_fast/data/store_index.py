@@ -7,7 +7,8 @@ from ssr_fast.data.cache import Report
 from ssr_fast.data.diagnosis import Diagnosis, Index, Problem, Sample
 from ssr_fast.data.geometry import fitted_size
 from ssr_fast.data.labels import train_id_table
-from ssr_fast.data.layouts import Layout, option_name
+from ssr_fast.data.layouts import Layout
+from ssr_fast.data.roots import option_name
 from ssr_fast.data.store import ImageStore, open_store
 from ssr_fast.errors import UserError
 

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssr_fast.data.images import BadFile, decode_image, decode_label, decode_synthia_label, read_image
+from ssr_fast.data.images import (
+    MAX_BYTES,
+    MAX_SIDE,
+    BadFile,
+    decode_image,
+    decode_label,
+    decode_synthia_label,
+    read_image,
+)
 from tests.data.builders import assert_sentence, ids, picture, save, save_palette, save_synthia
 
 GREY = "greyscale, repeated over R, G, B"
@@ -21,8 +29,8 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def huge_png(path: Path, side: int) -> Path:
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+def huge_png(path: Path, width: int, height: int = 0) -> Path:
+    header = struct.pack(">IIBBBBB", width, height or width, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 100)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
     return path
@@ -114,6 +122,19 @@ def damaged(tmp_path: Path, kind: str) -> Path:
         path.symlink_to(path)
     elif kind == "dangling":
         path.symlink_to(tmp_path / "gone.png")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "sparse":
+        path.write_bytes(b"RIFF\xff\xff\xff\xffWEBPVP8L")
+        os.truncate(path, MAX_BYTES + 1)
+    elif kind == "gif":
+        Image.fromarray(picture()).save(path, "GIF")
+    elif kind == "narrow":
+        huge_png(path, 1, MAX_SIDE + 1)
     elif kind == "bomb":
         huge_png(path, 60000)
     elif kind == "large":
@@ -131,6 +152,12 @@ DAMAGES = {
     "bomb": "too large",
     "large": "10000x10000",
     "missing": "No such file",
+    "folder": "is a folder",
+    "fifo": "not a regular file",
+    "device": "not a regular file",
+    "sparse": "too large (1073741825 bytes",
+    "gif": "is not an image file",
+    "narrow": "1x65536",
 }
 
 
@@ -167,6 +194,24 @@ def test_a_refused_permission_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 def test_bad_file_survives_the_way_between_processes() -> None:
     error = pickle.loads(pickle.dumps(BadFile(Path("/a b.png"), "is bad", "remove it")))
     assert str(error) == "/a b.png is bad; remove it" and error.path == Path("/a b.png")
+
+
+def test_a_path_with_line_breaks_gives_one_printable_sentence(tmp_path: Path) -> None:
+    error = BadFile(Path("/a\nb\x1b[31m\udcff ä.png"), "is bad", "remove it now, please")
+    assert str(error) == r"/a\nb\x1b[31m\udcff ä.png is bad; remove it now, please"
+    assert error.path == Path("/a\nb\x1b[31m\udcff ä.png")
+
+
+@pytest.mark.parametrize("error", [cv2.error("(-215:Assertion failed) a\n > b"), MemoryError()])
+def test_what_opencv_raises_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    path = save_synthia(tmp_path / "s.png", ids(0, 3))
+    monkeypatch.setattr(cv2, "imdecode", refuse)
+    with pytest.raises(BadFile) as caught:
+        decode_synthia_label(path)
+    assert_sentence(caught.value, path, "cannot be decoded")
 
 
 def test_palette_labels_are_read_as_indices(tmp_path: Path) -> None:

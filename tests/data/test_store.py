@@ -19,7 +19,6 @@ from ssr_fast.data.index import DomainConfig, Index, build_index
 from ssr_fast.data.plan import Plan, SamplingConfig
 from ssr_fast.data.segments import SegmentStore, create_store
 from ssr_fast.data.store import ImageStore
-from ssr_fast.data.store_index import require_originals
 from ssr_fast.data.stores import Recipe
 from ssr_fast.data.torch_loader import StepDataset
 from ssr_fast.errors import UserError
@@ -192,6 +191,12 @@ def test_numpy_and_json_are_enough_to_read_it(tmp_path: Path, monkeypatch: pytes
         assert label.dtype == np.uint8 and segments.dtype == np.uint16 and row["counts"] == list(sample.counts or ())
 
 
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert prepare.main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1].removeprefix("error: ")
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
@@ -310,86 +315,6 @@ def test_a_damaged_jpeg_is_named_when_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         prepared.layout.read_image(prepared.samples[0].image)
     assert_sentence(error.value, path, repr(prepared.samples[0].name), "prepare store")
-
-
-REFUSED = {
-    "another size": (dict(resize=(30, 30)), True, ["--data.source.resize", "40 30", "30 30"]),
-    "own size": (dict(), True, ["--data.source.resize", "null", "40 30"]),
-    "another split": (dict(resize=(40, 30), split="val"), True, ["--data.source.split", "val", "train"]),
-    "another layout": (dict(resize=(40, 30), layout="gta5"), True, ["--data.source.layout", "gta5", "folder"]),
-    "a condition": (dict(resize=(40, 30), condition="night"), True, ["--data.source.condition", "night"]),
-    "a classes file": (dict(resize=(40, 30), classes="x.json"), True, ["--data.source.classes", "x.json"]),
-}
-
-
-@pytest.mark.parametrize("case", list(REFUSED))
-def test_what_it_does_not_hold_is_refused(tmp_path: Path, case: str) -> None:
-    options, labelled, parts = REFUSED[case]
-    store = make(odd(tmp_path / "set"), tmp_path / "store", "--resize", "40", "30")
-    with pytest.raises(UserError) as error:
-        index_of(store, labelled, **options)
-    assert_sentence(error.value, store, *parts)
-
-
-def test_labels_that_it_does_not_have_are_refused(tmp_path: Path) -> None:
-    store = make(odd(tmp_path / "set"), tmp_path / "store", "--unlabelled")
-    assert not list(store.glob("labels-*")) and not list(store.glob("sample*"))
-    assert all(sample.label is None and sample.counts is None for sample in index_of(store, False).samples)
-    with pytest.raises(UserError) as error:
-        index_of(store)
-    assert_sentence(error.value, store, "--unlabelled")
-
-
-def test_scores_need_labels_of_their_own_size(tmp_path: Path) -> None:
-    resized = make(odd(tmp_path / "set"), tmp_path / "resized", "--resize", "40", "30")
-    with pytest.raises(UserError) as error:
-        require_originals(index_of(resized, resize=(40, 30)), "data.evaluation")
-    assert_sentence(error.value, resized, "--data.evaluation.root", "--resize")
-    require_originals(index_of(make(tmp_path / "set", tmp_path / "own")), "data.evaluation")
-
-
-def test_an_unlabelled_reader_of_a_labelled_store_sees_no_labels(tmp_path: Path) -> None:
-    store = make(odd(tmp_path / "set"), tmp_path / "store")
-    prepared, original = index_of(store, False), index_of(tmp_path / "set", False)
-    assert prepared.digest == original.digest
-    assert all(sample.label is None and sample.counts is None for sample in prepared.samples)
-
-
-def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert prepare.main([str(argument) for argument in arguments]) == 2
-    return capsys.readouterr().err.strip().splitlines()[-1].removeprefix("error: ")
-
-
-def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = odd(tmp_path / "set")
-    store = make(root, tmp_path / "store")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("x")
-    for arguments, parts in {
-        ("store", store, "--out", tmp_path / "x"): ["prepared store", "original"],
-        ("masks", store, "--generator", "superpixels"): ["prepared store", "original"],
-        ("store", root, "--out", root / "images" / "x"): ["--out", "among the images"],
-        ("store", root, "--out", tmp_path / "full"): ["full", "other files"],
-        ("store", root, "--out", store, "--image", "jpeg"): ["other", "jpeg", "--overwrite"],
-        ("store", root, "--out", tmp_path / "x", "--segments"): ["segment", "prepare masks"],
-        ("store", root, "--out", tmp_path / "x", "--resize", "0", "4"): ["--resize", "0 4"],
-        ("store", root, "--out", tmp_path / "x", "--workers", "-1"): ["--workers", "-1"],
-        ("store", root, "--out", tmp_path / "x", "--rank", "3", "--world", "3"): ["--rank 3", "--world 3"],
-        ("store", root): ["--out"],
-    }.items():
-        assert_sentence(said(capsys, *arguments), *parts)
-    (root / "images" / "a.png").write_bytes(b"no image")
-    assert "a.png" in said(capsys, "store", root, "--out", tmp_path / "y")
-    assert not (tmp_path / "y").exists()
-
-
-def test_an_unfinished_store_says_how_to_finish_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_writer, "_SMALLEST", 12000)
-    make(odd(tmp_path / "set"), tmp_path / "store", "--resize", "40", "30", "--rank", "0", "--world", "2")
-    with pytest.raises(UserError) as error:
-        index_of(tmp_path / "store", resize=(40, 30))
-    assert_sentence(error.value, tmp_path / "store", "not finished", "prepare store", "--resize 40 30", "--out")
 
 
 def test_daformers_files_are_written_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
