@@ -1,5 +1,6 @@
 """How much may be decoded at once: many threads times large images would be more memory than a machine has."""
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from ssr_fast.data.images import MAX_PIXELS, opened
 
+_LARGE = MAX_PIXELS // 16  # what the allocator keeps of images up to this size is no more than one of MAX_PIXELS
 _BYTES = 3  # of a file that count as a pixel: some decoders read the file as a whole before they know its size
 
 
@@ -31,8 +33,13 @@ class DecodeRoom:
         weight = _weight(path)
         with self._claimed(weight), opened(path) as image:
             width, height = image.size
-        with self._claimed(max(weight, width * height)):
-            yield
+        pixels = max(weight, width * height)
+        with self._claimed(pixels):
+            try:
+                yield
+            finally:
+                if pixels > _LARGE:
+                    _return_memory()
 
     @contextmanager
     def _claimed(self, pixels: int) -> Iterator[None]:
@@ -54,3 +61,10 @@ def _weight(path: Path) -> int:
         return os.stat(path).st_size // _BYTES
     except OSError:
         return 0
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it for each thread apart, which adds up over many threads."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none, and keep less
+    if trim is not None:
+        trim(0)

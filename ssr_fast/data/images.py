@@ -117,6 +117,7 @@ def decode_synthia_label(path: Path) -> NDArray[np.generic]:
     with opened(path) as image:
         if image.format != "PNG":  # of other headers Pillow and OpenCV may read different sizes: the check is Pillow's
             raise BadFile(path, f"is a {image.format} where SYNTHIA's labels are PNG", _GIVE_RELEASED)
+        image.verify()  # the chunks' checksums: OpenCV reserves whatever length a damaged chunk says, up to 4 GB
         values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None:
         raise BadFile(path, "cannot be decoded (damaged or cut short)", _RESTORE)

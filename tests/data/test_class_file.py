@@ -87,3 +87,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         read_class_file(tmp_path / "nothing.json")
     assert_sentence(error.value, tmp_path / "nothing.json")
+
+
+def test_lists_nested_without_end_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "[" * 200_000)
+    with pytest.raises(UserError) as error:
+        read_class_file(path)
+    assert_sentence(error.value, path, "not valid json")

@@ -176,6 +176,7 @@ def _synthia_damaged() -> Iterator[Case]:
         ("wider than OpenCV reads", png((1 << 20) + 7, 1, flat, depth=16), NAMED),
         ("bomb behind the pixels", png(WIDTH, HEIGHT, packed, depth=16), NAMED),
         ("bomb in text", before, ANY),
+        ("chunk of 4 GB", data[:33] + b"\xf0" + data[34:], NAMED),
         ("bmp", encoded(np.full((HEIGHT, WIDTH, 3), 3, np.uint8), "BMP"), NAMED),
         ("bmp of two sizes", crafted.bmp_sized(545, 48, 8), NAMED),
         ("gif", encoded(picture(544), "GIF"), NAMED),

@@ -124,7 +124,7 @@ def test_large_images_are_decoded_one_after_the_other(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sixteen_large_images_take_no_more_memory_than_three(tmp_path: Path) -> None:
     roots = {tmp_path / "large": build_unlabelled(tmp_path / "large", large_cases(16))}
-    assert_accounted(roots, look_at(tmp_path, roots, labelled=False))
+    assert_accounted(roots, look_at(tmp_path, roots, labelled=False, alone=False))
 
 
 @pytest.mark.slow
