@@ -162,7 +162,7 @@ def _graph(source: SlotSource, samples: "_Samples", gpu: bool, workers: int, que
     for output in source.outputs:
         first = next(arrays)
         if output.kind == "array":
-            outputs.append(fn.copy(first))  # what parallel workers hand over lies in memory that they write again
+            outputs.append(fn.copy(first))  # parallel workers hand over memory that they write to again
             continue
         if output.kind == "pixels":
             image = first.gpu() if gpu else first

@@ -6,14 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ssr_fast.data.dali_loader import not_supported_reasons
+from ssr_fast.data.dali_processes import Processes
 from ssr_fast.errors import UserError
 from tests.data.dali_source import CPU, PIXELS, Fake, Slow, assert_steps, load
 
@@ -85,6 +88,20 @@ def test_a_process_that_hangs_in_a_read_is_ended_by_force(monkeypatch: pytest.Mo
     batches.close()  # type: ignore[attr-defined]
     assert time.monotonic() - began < 30
     assert children() == before
+
+
+def test_closing_ends_the_processes_though_dali_waits_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does for a semaphore of a process that was killed; its own thread is then not waited for again at exit."""
+    monkeypatch.setattr("ssr_fast.data.dali_processes._PATIENCE", 0.2)
+    child, never = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,)), threading.Event()
+    child.start()
+    pool = SimpleNamespace(pids=lambda: [child.pid], close=never.wait, pool=SimpleNamespace(_observer="hangs"))
+    processes = Processes(SimpleNamespace(_py_pool=pool))
+    assert child.is_alive()
+    processes.close()
+    processes.close()
+    assert not child.is_alive() and pool.pool._observer is None
+    never.set()
 
 
 class Unwelcome(Fake):
