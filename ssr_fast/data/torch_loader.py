@@ -3,10 +3,14 @@
 B batch, H W pixels of the crop.
 """
 
+import multiprocessing
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +27,7 @@ from ssr_fast.data.plan import Plan, SamplingConfig, View, acceptable
 from ssr_fast.data.residents import Residents
 from ssr_fast.data.scenes import ScenesConfig
 from ssr_fast.data.segments import SegmentStore
+from ssr_fast.data.workers import STOP_SIGNALS, LoaderProcesses, quiet_start
 from ssr_fast.errors import UserError
 
 _Read = TypeVar("_Read")
@@ -288,14 +293,33 @@ class _Reported(Dataset[Batch | UserError]):
 
 def _start_worker(worker: int) -> None:
     """Workers leave stopping to the parent: a terminal's Ctrl-C reaches the whole process group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
+        signal.signal(number, signal.SIG_DFL)  # PyTorch's handlers print a guess; the parent says it in its own words
     torch.set_num_threads(1)
     random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker that waits for its turn to write would not notice that nobody is left to read."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def load_steps(dataset: StepDataset, first: int, last: int, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches of the steps first .. last - 1, in order, whatever the number of workers."""
+    """Batches of the steps first .. last - 1, in order, whatever the number of workers.
+
+    Closing the generator ends the workers. A batch comes from a worker in one write of less than the 4 KB that a pipe
+    takes whole (its tensors lie in shared memory), so a killed one never leaves half a batch to wait for.
+
+    Raises:
+        UserError: a sample cannot be read.
+        LoaderDied: a worker ended by itself; it is found before the next batch, or within 5 s while waiting for it.
+    """
     loader: DataLoader[Batch | UserError] = DataLoader(
         _Reported(dataset),
         batch_size=None,
@@ -305,7 +329,26 @@ def load_steps(dataset: StepDataset, first: int, last: int, workers: int, pin: b
         worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    if workers == 0:
+        yield from map(_raised, loader)
+        return
+    with quiet_start():
+        batches: Any = iter(loader)
+    processes = LoaderProcesses(batches._workers)
+    try:
+        for _ in range(first, last):  # and no further: workers that die with their work done are of no interest
+            processes.check()
+            try:
+                batch = next(batches)
+            except (RuntimeError, OSError, EOFError):  # a death shows in many ways
+                processes.check(patience=1.0)
+                raise
+            yield _raised(batch)
+    finally:
+        processes.end(batches._shutdown_workers)
+
+
+def _raised(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
