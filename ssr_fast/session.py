@@ -14,9 +14,9 @@ import yaml
 from rich.console import Console
 
 from ssr_fast.config import TrainConfig
+from ssr_fast.data.advice import Advice, advise
 from ssr_fast.data.index_cache import Report
 from ssr_fast.data.labels import ClassSet
-from ssr_fast.data.workers import cure_of_waiting
 from ssr_fast.domains import load, open_domains, stored_features
 from ssr_fast.engine import fork_server
 from ssr_fast.engine.apex import check_fused
@@ -224,7 +224,7 @@ class Session:
             device=self.device,
             console=self.console,
             branch=branch,
-            cure=self._cure_of_waiting(),
+            advice=self._advice(),
         )
         continues = self.resume or (shared > 0 and name == "supervised")
         with contextlib.closing(log), contextlib.closing(branch.log) if branch else contextlib.nullcontext():
@@ -243,12 +243,18 @@ class Session:
             "skipped_steps": int(trainer.guard.skipped),
         }
 
-    def _cure_of_waiting(self) -> str:
+    def _advice(self) -> Advice:
         """What makes this run's loader faster, for the warning that a stage waits for it."""
         data, domains = self.config.data, self.domains
-        images = sum(len(index.samples) for index in (domains.source, domains.target) if index is not None)
         _, cores = share(len(self._chains()) if self._in_processes() else 1)
-        return cure_of_waiting(data.workers, cores, images, data.cache, from_files=data.scenes is None)
+        return advise(
+            workers=data.workers,
+            cores=cores,
+            batch_size=data.batch_size,
+            images=tuple(len(index.samples) for index in (domains.source, domains.target) if index is not None),
+            cached=data.cache,
+            from_files=data.scenes is None,
+        )
 
     def _optim(self, name: str) -> OptimConfig:
         """The optimiser's options for the stage of a method."""

@@ -17,7 +17,6 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PATIENCE_S = 2.0  # for workers that end by themselves
 _LONGEST_S = 8.0  # for the loader's own shutdown, whose threads look every 5 s whether they are wanted
 _TORCH = "torch.utils.data"
-_FEW_IMAGES = 1000  # a GB or two when decoded at 1024 x 512
 
 _CAUSES = {
     signal.SIGKILL: (", probably for want of memory", "free memory or lower --data.workers"),
@@ -135,27 +134,3 @@ def quiet_start() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():  # PyTorch and Python handle signals in no other
             signal.signal(signal.SIGCHLD, before)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def cure_of_waiting(workers: int, cores: int, images: int, cached: bool, from_files: bool) -> str:
-    """What a user can do when training waits for its data, as the end of a sentence.
-
-    Args:
-        workers: processes that read (--data.workers).
-        cores: of this machine that the run may use.
-        images: in the data sets that training reads.
-        cached: whether decoded images stay in memory (--data.cache).
-        from_files: whether the original files are decoded and resized anew for each sample.
-    """
-    cures = []
-    if workers == 0 and cores > 1:
-        cures.append(f"read in other processes (--data.workers {min(4, cores)})")
-    elif 0 < workers < cores:
-        cures.append(f"raise --data.workers (it is {workers}, and there are {cores} cores)")
-    if images <= _FEW_IMAGES and not cached:
-        cures.append(f"keep the {images} images in memory (--data.cache true)")
-    if from_files and not cached:
-        cures.append("read prepared files (`python -m ssr_fast.prepare store`)")
-    if not cures:
-        return "no option of the loader makes it faster here: it needs more cores, or a faster disk"
-    return ", or ".join(cures)

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+from ssr_fast.data.advice import Advice
+
 LIMIT = 0.05
 """Share of the time above which waiting for data is worth a line."""
 
@@ -19,13 +21,14 @@ class DataClock(Generic[_Item]):
 
     Args:
         batches: what is measured; closed by `close`.
-        cure: what the user can do about it, as the end of a sentence; empty if nothing is known.
+        advice: what the user can do about it.
         report: takes the line.
     """
 
-    def __init__(self, batches: Iterator[_Item], cure: str, report: Callable[[str], None]) -> None:
-        self._batches, self._cure, self._report = batches, cure, report
-        self._rows = 0
+    def __init__(self, batches: Iterator[_Item], advice: Advice, report: Callable[[str], None]) -> None:
+        self._batches, self._advice, self._report = batches, advice, report
+        self._count = 0
+        self._window_start = 0
         self._warned = False
         self.waited = 0.0
         """Seconds for the last batch."""
@@ -35,26 +38,29 @@ class DataClock(Generic[_Item]):
 
     def __next__(self) -> _Item:
         started = time.perf_counter()
+        self._count += 1
         try:
             return next(self._batches)
         finally:
             self.waited = time.perf_counter() - started
 
     def judge(self, row: Mapping[str, Any] | None) -> None:
-        """Warn, once, if a window waited for too much of its time; the first, in which workers start, is not judged.
+        """Warn, once, if a window waited for too much of its time.
+
+        The first window, in which workers start, is not judged, nor one that began before the loader was settled.
 
         Args:
             row: what `MetricLog.add` returned.
         """
         if row is None:
             return
-        self._rows += 1
+        first, self._window_start = self._window_start, self._count
         share = row["data_share"]
-        if self._warned or self._rows == 1 or share <= LIMIT:
+        if self._warned or first < max(1, self._advice.settled) or share <= LIMIT:
             return
         self._warned = True
         where = f"{row['stage']} waits for its data in {100 * share:.1f} % of its time (step {row['step']})"
-        self._report(f"{where}: {self._cure}" if self._cure else where)
+        self._report(f"{where}: {self._advice.cure}" if self._advice.cure else where)
 
     def close(self) -> None:
         """End what reads the batches."""

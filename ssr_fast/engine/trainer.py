@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ssr_fast.data.advice import Advice
 from ssr_fast.data.torch_loader import Batch
 from ssr_fast.data.workers import LoaderDied
 from ssr_fast.engine import graphs
@@ -133,7 +134,7 @@ class Trainer:
         config: the run's resolved configuration, for the checkpoints' manifests.
         report, console: where one-line messages and the progress go.
         branch: a supervised stage that is given its checkpoint and metrics on the way.
-        cure: what makes loading faster, as the end of a sentence, for the warning that training waits for it.
+        advice: what makes loading faster, for the warning that training waits for it.
     """
 
     def __init__(
@@ -152,11 +153,12 @@ class Trainer:
         report: Callable[[str], None] = print,
         console: Console | None = None,
         branch: Branch | None = None,
-        cure: str = "",
+        advice: Advice | None = None,
     ) -> None:
         self.method, self.load, self.evaluate = method, load, evaluate
         self.run, self.optim, self.store, self.log, self.stop, self.config = run, optim, store, log, stop, config
-        self.device, self.report, self.console, self.branch, self.cure = device, report, console, branch, cure
+        self.device, self.report, self.console, self.branch = device, report, console, branch
+        self.advice = advice or Advice()
         self.step = TrainStep(method, optim, run.steps)
         self.optimizer, self.guard = self.step.optimizer, self.step.guard
         self._run_step: RunStep = self.step
@@ -204,7 +206,7 @@ class Trainer:
         started = time.perf_counter() - self.seconds
         with (
             Progress(self.run.steps, self.method.stage_name, self.done, self.console) as progress,
-            contextlib.closing(DataClock(self.load(self.done, self.run.steps), self.cure, self.report)) as batches,
+            contextlib.closing(DataClock(self.load(self.done, self.run.steps), self.advice, self.report)) as batches,
         ):
             self.log.restart_clock()
             for step, batch in enumerate(batches, self.done):
