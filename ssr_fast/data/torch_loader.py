@@ -318,7 +318,7 @@ def load_steps(dataset: StepDataset, first: int, last: int, workers: int, pin: b
 
     Raises:
         UserError: a sample cannot be read.
-        LoaderDied: a worker ended by itself; it is found before the next batch, or within 5 s while waiting for it.
+        LoaderDied: a worker ended by itself; it is found when the next batch is asked for.
     """
     loader: DataLoader[Batch | UserError] = DataLoader(
         _Reported(dataset),
@@ -337,13 +337,7 @@ def load_steps(dataset: StepDataset, first: int, last: int, workers: int, pin: b
     processes = LoaderProcesses(batches._workers)
     try:
         for _ in range(first, last):  # and no further: workers that die with their work done are of no interest
-            processes.check()
-            try:
-                batch = next(batches)
-            except (RuntimeError, OSError, EOFError):  # a death shows in many ways
-                processes.check(patience=1.0)
-                raise
-            yield _raised(batch)
+            yield _raised(processes.wait_for(batches.__next__))
     finally:
         processes.end(batches._shutdown_workers)
 

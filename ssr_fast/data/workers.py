@@ -9,9 +9,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import TypeVar
 
 from ssr_fast.errors import UserError
 
+_Batch = TypeVar("_Batch")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to stop. A terminal and a cluster send them to the whole process group; only the parent answers."""
 _PATIENCE_S = 2.0  # for workers that end by themselves
@@ -46,6 +49,10 @@ class LoaderDied(UserError):
         return f"{self.what}: {self.cure}"
 
 
+class _ChildEnded(BaseException):
+    """Leaves a wait through the loader's own handlers of Exception."""
+
+
 class LoaderProcesses:
     """A loader's processes, none of which ends before `end`.
 
@@ -73,6 +80,38 @@ class LoaderProcesses:
                     process.join(patience)
         if dead := [process for process in self._processes if process.exitcode is not None]:
             raise _death(dead)
+
+    def wait_for(self, take: Callable[[], _Batch]) -> _Batch:
+        """What `take` returns, unless a process has died before it or dies in it: that ends the wait at once.
+
+        The wait is left at any line, so nothing of the loader may be used afterwards. To wait for the loader's own
+        notice would not do: the DataLoader takes a lock then, which the dead process may hold for ever.
+
+        Raises:
+            LoaderDied: one has ended.
+        """
+        before = signal.getsignal(signal.SIGCHLD)
+
+        def child_ended(number: int, frame: FrameType | None) -> None:
+            if callable(before):
+                before(number, frame)
+            if any(process.exitcode is not None for process in self._processes):
+                signal.signal(signal.SIGCHLD, before)  # here too: the `finally` below may be what is left
+                raise _ChildEnded
+
+        handles = threading.current_thread() is threading.main_thread()  # Python handles signals in no other
+        try:
+            try:
+                if handles:
+                    signal.signal(signal.SIGCHLD, child_ended)
+                self.check()
+                return take()
+            finally:
+                if handles:
+                    signal.signal(signal.SIGCHLD, before)
+        except (_ChildEnded, RuntimeError, OSError, EOFError):  # a connection to a dying process breaks in many ways
+            self.check(patience=1.0)
+            raise
 
     def end(self, close: Callable[[], None]) -> None:
         """None of them is left afterwards, whatever they were doing.
@@ -121,8 +160,7 @@ def quiet_start() -> Iterator[None]:
     them before a worker_init_fn can say otherwise. This process gets such a signal when the start is over.
 
     PyTorch also has this process raise as soon as a worker dies, wherever it is, so in the midst of an optimiser step.
-    The handler that was there before comes back: a death is then found between steps, by `LoaderProcesses.check` and by
-    the DataLoader's own look every 5 s.
+    The handler that was there before comes back: a death is then found between steps, by `LoaderProcesses.wait_for`.
     """
     before = signal.getsignal(signal.SIGCHLD)
     if before is None or getattr(before, "__module__", "").startswith(_TORCH):
