@@ -122,6 +122,7 @@ def test_whatever_a_dying_worker_holds_the_end_comes(fate, at):
     assert delay < 29
 
 
+@pytest.mark.slow
 def test_a_worker_that_holds_the_end_event_does_not_stop_the_process_from_ending():
     code = (
         "from tests.data.test_workers import *\n"

@@ -14,7 +14,7 @@ TINY = (
 
 
 def start(*options: str, cwd: Path) -> "subprocess.Popen[str]":
-    """`python -m ssr_fast.train` with the options, in a process of its own."""
+    """`python -m ssr_fast.train` with the options, in a process and a process group of its own."""
     environment = {
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
@@ -29,6 +29,7 @@ def start(*options: str, cwd: Path) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
