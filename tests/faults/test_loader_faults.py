@@ -248,3 +248,17 @@ def test_the_share_of_waiting_is_in_every_row_of_a_run(tmp_path):
     windows = [row for row in map(json.loads, text.splitlines()) if "loss" in row]
     assert [row["step"] for row in windows] == [2, 4, 6, 8]
     assert all(0.0 < row["data_share"] < 1.0 and "waited" not in row for row in windows)
+
+
+def test_the_time_of_a_checkpoint_is_no_training_time(tmp_path, monkeypatch):
+    save = CheckpointStore.save
+
+    def slow(self, step, *arguments, **options):
+        save(self, step, *arguments, **options)
+        if step == 3:
+            time.sleep(3.0)
+
+    monkeypatch.setattr(CheckpointStore, "save", slow)
+    assert main([*TINY, "--run.dir", str(tmp_path)]) == 0
+    windows = {row["step"]: row for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())}
+    assert windows[4]["images_per_second"] > 4 / 3.0  # 4 images in a window of at least 3 s, if the pause counted
