@@ -328,6 +328,9 @@ def load_steps(dataset: StepDataset, first: int, last: int, workers: int, pin: b
         pin_memory=pin,
         worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
+        # named, because a process of side_by_side would start them by its fork server, for which all must be pickled,
+        # and because a forked one begins with the signals blocked that quiet_start blocks
+        multiprocessing_context="fork" if workers else None,
     )
     if workers == 0:
         yield from map(_raised, loader)

@@ -65,7 +65,7 @@ def drain(batches):
 
 
 def workers_of_this_process():
-    return [process for process in multiprocessing.active_children() if process.name.startswith("Process")]
+    return [process for process in multiprocessing.active_children() if "Process-" in process.name]
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def workers():
-    return [process for process in multiprocessing.active_children() if process.name.startswith("Process")]
+    return [process for process in multiprocessing.active_children() if "Process-" in process.name]
 
 
 def kill_all(number=signal.SIGKILL):
