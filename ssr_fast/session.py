@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from ssr_fast.config import TrainConfig
+from ssr_fast.data.advice import Advice, advise
 from ssr_fast.data.cache import Report
 from ssr_fast.data.labels import ClassSet
 from ssr_fast.data.loader import load
@@ -228,6 +229,7 @@ class Session:
             device=self.device,
             console=self.console,
             branch=branch,
+            advice=self._advice(),
         )
         continues = self.resume or (shared > 0 and name == "supervised")
         with contextlib.closing(log), contextlib.closing(branch.log) if branch else contextlib.nullcontext():
@@ -245,6 +247,20 @@ class Session:
             "seed": config.run.seed,
             "skipped_steps": int(trainer.guard.skipped),
         }
+
+    def _advice(self) -> Advice:
+        """What makes this run's loader faster, for the warning that a stage waits for it."""
+        data, domains = self.config.data, self.domains
+        indices = [index for index in (domains.source, domains.target) if index is not None]
+        _, cores = share(len(self._chains()) if self._in_processes() else 1)
+        return advise(
+            workers=data.workers,
+            cores=cores,
+            batch_size=data.batch_size,
+            images=tuple(len(index.samples) for index in indices),
+            cached=data.cache,
+            from_files=data.scenes is None and any(index.layout.store is None for index in indices),
+        )
 
     def _optim(self, name: str) -> OptimConfig:
         """The optimiser's options for the stage of a method."""

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssr_fast.data.dali_processes import Died, start, start_worker
+from ssr_fast.data.dali_processes import start, start_worker
 from ssr_fast.data.geometry import MEAN, STD
+from ssr_fast.data.workers import LoaderDied
 from ssr_fast.errors import UserError
 
 _ARRAYS = {"array": 1, "pixels": 2, "jpeg": 4}  # arrays that a source hands over for an output of each kind
@@ -119,7 +120,7 @@ def load_dali(
             if failure is None:
                 try:
                     processes.call(pipeline.schedule_run)
-                except Died:
+                except LoaderDied:
                     raise
                 except Exception as error:  # DALI raises Exception itself
                     failure = _users(error) or error

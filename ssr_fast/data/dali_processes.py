@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ssr_fast.data.workers import STOP_SIGNALS, death
 from ssr_fast.errors import UserError
 
 _POLL = 0.5  # seconds between two looks at the processes while DALI lets one wait
@@ -21,8 +22,8 @@ _PATIENCE = 10.0  # seconds that a process has to end its sample when the loader
 
 def start_worker() -> None:
     """Workers leave stopping to the parent: a terminal's Ctrl-C reaches the whole process group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -33,10 +34,6 @@ def _end_with_parent() -> None:
     assert parent is not None, "samples are unpickled in worker processes only"
     parent.join()
     os._exit(1)  # the main thread waits for a parent that is gone
-
-
-class Died(UserError):
-    """A worker process has ended by itself."""
 
 
 class Processes:
@@ -55,7 +52,7 @@ class Processes:
         """function().
 
         Raises:
-            Died: a process has died, before or meanwhile.
+            LoaderDied: a process has died, before or meanwhile.
         """
         if not self._children:
             function()
@@ -97,21 +94,12 @@ class Processes:
 
     def _check(self) -> None:
         ended = self._ended()
+        for child in ended:
+            until = time.monotonic() + 1.0
+            while child.exitcode is None and time.monotonic() < until:
+                time.sleep(0.05)  # another thread has the code, and is about to store it
         if ended:
-            raise Died(
-                f"a worker process of the DALI loader {_end_of(ended[0])}: if memory ran out, give a lower "
-                "--data.workers, and go on with --resume"
-            )
-
-
-def _end_of(child: Any) -> str:
-    """How an ended process has ended."""
-    for _ in range(20):
-        code = child.exitcode
-        if code is not None:
-            return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        time.sleep(0.05)  # another thread has the code, and is about to store it
-    return "died"
+            raise death(ended)
 
 
 def _call(function: Callable[[], Any], done: "queue.SimpleQueue[Exception | None]") -> None:

@@ -3,9 +3,14 @@
 B batch, H W pixels of the crop.
 """
 
+import multiprocessing
+import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
+from multiprocessing.connection import wait
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssr_fast.data.batch import Batch, batch_of
 from ssr_fast.data.samples import StepSamples
+from ssr_fast.data.workers import STOP_SIGNALS, LoaderProcesses, quiet_start
 from ssr_fast.errors import UserError
 
 
@@ -45,16 +51,35 @@ class _Reported(Dataset[Batch | UserError]):
 
 def _start_worker(worker: int) -> None:
     """Workers leave stopping to the parent: a terminal's Ctrl-C reaches the whole process group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
+        signal.signal(number, signal.SIG_DFL)  # PyTorch's handlers print a guess; the parent says it in its own words
     torch.set_num_threads(1)
     random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker that waits for its turn to write would not notice that nobody is left to read."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def load_steps(
     dataset: StepDataset, first: int, last: int, workers: int, pin: bool, prefetch: int = 4
 ) -> Iterator[Batch]:
-    """Batches of the steps first .. last - 1, in order, whatever the number of workers."""
+    """Batches of the steps first .. last - 1, in order, whatever the number of workers.
+
+    Closing the generator ends the workers. A batch comes from a worker in one write of less than the 4 KB that a pipe
+    takes whole (its tensors lie in shared memory), so a killed one never leaves half a batch to wait for.
+
+    Raises:
+        UserError: a sample cannot be read.
+        LoaderDied: a worker ended by itself; it is found when the next batch is asked for.
+    """
     loader: DataLoader[Batch | UserError] = DataLoader(
         _Reported(dataset),
         batch_size=None,
@@ -63,8 +88,24 @@ def load_steps(
         pin_memory=pin,
         worker_init_fn=_start_worker,
         prefetch_factor=prefetch if workers else None,
+        # named, because a process of side_by_side would start them by its fork server, for which all must be pickled,
+        # and because a forked one begins with the signals blocked that quiet_start blocks
+        multiprocessing_context="fork" if workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    if workers == 0:
+        yield from map(_raised, loader)
+        return
+    with quiet_start():
+        batches: Any = iter(loader)
+    processes = LoaderProcesses(batches._workers)
+    try:
+        for _ in range(first, last):  # and no further: workers that die with their work done are of no interest
+            yield _raised(processes.wait_for(batches.__next__))
+    finally:
+        processes.end(batches._shutdown_workers)
+
+
+def _raised(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch

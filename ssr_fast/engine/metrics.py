@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FILE = "metrics.jsonl"
 IMAGES = "images"
+WAITED = "waited"
+_SUMMED = (IMAGES, WAITED)  # over the clock's time; they have no column of their own
 
 
 class MetricLog:
@@ -48,7 +50,7 @@ class MetricLog:
         self._means: tuple[str, ...] = ()
         self._sums: Tensor | None = None
         self._count = 0
-        self._images = 0.0
+        self._images = self._waited = 0.0
         self._clock = time.perf_counter()
 
     def add(self, step: int, values: Mapping[str, Tensor | float]) -> dict[str, Any] | None:
@@ -58,7 +60,8 @@ class MetricLog:
             step: number of steps done, this one included.
             values: scalars by name, the same names each step. Floating-point tensors are averaged over the window; of
                 integer tensors (counters) and Python numbers (the learning rate) the last is written. "images" is the
-                number of images in this step, which becomes "images_per_second".
+                number of images in this step, which becomes "images_per_second"; "waited" the seconds for which it
+                waited for its batch, which become "data_share", 0 to 1 of the same time.
 
         Returns:
             the row written, with None for what is not finite, or None inside a window.
@@ -75,13 +78,15 @@ class MetricLog:
             self._sums = self._sums.to(stacked.device).add_(stacked)
         self._count += 1
         self._images += float(values.get(IMAGES, 0))
+        self._waited += float(values.get(WAITED, 0))
         if step % self._window:
             return None
         row = {"stage": self._stage, "step": step, "time": time.time(), **self._read(values)}
-        if self._images:
-            row["images_per_second"] = _finite(self._images / (time.perf_counter() - self._clock))
-        elif IMAGES in values:
-            row["images_per_second"] = None
+        seconds = time.perf_counter() - self._clock
+        if IMAGES in values:
+            row["images_per_second"] = _finite(self._images / seconds) if self._images else None
+        if WAITED in values:
+            row["data_share"] = _finite(self._waited / seconds)
         if self._sums is not None:
             self._sums.zero_()
         self._count = 0
@@ -108,8 +113,8 @@ class MetricLog:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Measures images per second from here, after a pause in training."""
-        self._images = 0.0
+        """Measures images per second and the share of waiting from here, after a pause in training."""
+        self._images = self._waited = 0.0
         self._clock = time.perf_counter()
 
     def truncate(self, step: int) -> None:
@@ -198,8 +203,8 @@ class MetricLog:
         means = [number / self._count for number in numbers[: len(self._means)]]
         found: dict[str, Any] = dict(zip(self._means, means, strict=True))
         found.update(zip(counters, map(int, numbers[len(self._means) :]), strict=True))
-        found.update({name: value for name, value in values.items() if name not in found and name != IMAGES})
-        return {name: _finite(found[name]) for name in self._names if name != IMAGES}
+        found.update({name: value for name, value in values.items() if name not in found and name not in _SUMMED})
+        return {name: _finite(found[name]) for name in self._names if name not in _SUMMED}
 
     def _write(self, row: dict[str, Any]) -> None:
         try:

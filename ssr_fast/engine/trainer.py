@@ -1,6 +1,7 @@
 """The training loop of one stage in one process: batch -> loss -> backward -> guarded step -> metrics, and around it
 evaluation, checkpoints, resume and a clean stop."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,11 +11,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ssr_fast.data.advice import Advice
 from ssr_fast.data.batch import Batch
+from ssr_fast.data.workers import LoaderDied
 from ssr_fast.engine import graphs
 from ssr_fast.engine.attention import ATTENTIONS
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.compiling import CompiledStep, RunStep
+from ssr_fast.engine.data_clock import DataClock
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig, optimizer_state
@@ -121,7 +125,7 @@ class Trainer:
 
     Args:
         method: the nets and their loss, on `device`.
-        load: (first step, last step) -> batches of the steps in between, on the host.
+        load: (first step, last step) -> batches of the steps in between, on the host; closed if it can be.
         evaluate: student -> scores on the target; None without labelled target images.
         run, optim: the options.
         store: checkpoints of this stage.
@@ -130,6 +134,7 @@ class Trainer:
         config: the run's resolved configuration, for the checkpoints' manifests.
         report, console: where one-line messages and the progress go.
         branch: a supervised stage that is given its checkpoint and metrics on the way.
+        advice: what makes loading faster, for the warning that training waits for it.
     """
 
     def __init__(
@@ -148,10 +153,12 @@ class Trainer:
         report: Callable[[str], None] = print,
         console: Console | None = None,
         branch: Branch | None = None,
+        advice: Advice | None = None,
     ) -> None:
         self.method, self.load, self.evaluate = method, load, evaluate
         self.run, self.optim, self.store, self.log, self.stop, self.config = run, optim, store, log, stop, config
         self.device, self.report, self.console, self.branch = device, report, console, branch
+        self.advice = advice or Advice()
         self.step = TrainStep(method, optim, run.steps)
         self.optimizer, self.guard = self.step.optimizer, self.step.guard
         self._run_step: RunStep = self.step
@@ -159,7 +166,7 @@ class Trainer:
             self._run_step = graphs.on_cuda(self.step, device, report)
         if run.compile_blocks:
             self._run_step = CompiledStep(self._run_step, report)
-        self.done = 0
+        self.done = self._saved = 0
         self.scores: Evaluation | None = None
         self.seconds = 0.0
 
@@ -171,6 +178,7 @@ class Trainer:
         state = self._state()
         self.store.load(path, state)
         self.done, self.seconds = int(state["progress"]["step"]), float(state["progress"]["seconds"])
+        self._saved = self.done
         self.guard.skipped.fill_(int(state["progress"]["skipped"]))
         self.method.refresh()
         self.log.load_state_dict(state["log"])
@@ -183,16 +191,32 @@ class Trainer:
 
         Raises:
             Stopped: a signal asked for it; a checkpoint of the finished steps has been written.
-            UserError: a sample cannot be read, or the loss was not finite in a whole window of steps.
+            UserError: a sample cannot be read; the loss was not finite in a whole window of steps; or a process of
+                the loader died, and the finished steps have been saved.
         """
+        try:
+            self._train()
+        except LoaderDied as death:  # between two steps; the loader is closed, so its memory is free for saving
+            raise self._end_of_loader(death) from None
+        if self.scores is None:  # resumed after the last step
+            self._evaluate()
+        return self.scores
+
+    def _train(self) -> None:
         started = time.perf_counter() - self.seconds
-        with Progress(self.run.steps, self.method.stage_name, self.done, self.console) as progress:
-            for step, batch in enumerate(self.load(self.done, self.run.steps), self.done):
+        with (
+            Progress(self.run.steps, self.method.stage_name, self.done, self.console) as progress,
+            contextlib.closing(DataClock(self.load(self.done, self.run.steps), self.advice, self.report)) as batches,
+        ):
+            self.log.restart_clock()
+            for step, batch in enumerate(batches, self.done):
                 terms = self.train_step(self.method.prepare(batch).to(self.device), step)
                 self.done = step + 1
                 images = batch.source_image.shape[0] + batch.target_image.shape[0]
-                row = self.log.add(self.done, {**terms, "lr": self.step.rate, "images": images})
+                times = {"lr": self.step.rate, "images": images, "waited": batches.waited}
+                row = self.log.add(self.done, {**terms, **times})
                 progress.update(self.done, row)
+                batches.judge(row)
                 if row is not None and row["skipped"] >= self.done and self.done >= 2:
                     raise UserError(_never_finite(self.done, self.optim.lr))
                 self.seconds = time.perf_counter() - started
@@ -205,9 +229,6 @@ class Trainer:
                     self.save()
                 if self.stop.requested and not last:
                     raise Stopped(self.stop.requested, self.done)
-        if self.scores is None:  # resumed after the last step
-            self._evaluate()
-        return self.scores
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimiser step on a batch on the device; returns the terms for the log, still on the device."""
@@ -217,6 +238,24 @@ class Trainer:
         """Write a checkpoint of the finished steps."""
         score = self.scores.miou if self.scores is not None else None
         self.store.save(self.done, self._state(), config=self.config, score=score)
+        self._saved = self.done
+        self.log.restart_clock()
+
+    def _end_of_loader(self, death: LoaderDied) -> UserError:
+        """Saves what no checkpoint holds yet; the sentence that ends the run."""
+        resume, saved = f"--resume {self.run.dir}", self._saved
+        if self.done == 0:
+            return UserError(f"{death.what}; no step was done yet: {death.cure}, then start again with {resume}")
+        try:
+            if saved != self.done:
+                self.save()
+            self.store.wait()
+        except (UserError, OSError) as error:
+            return UserError(
+                f"{death.what}; saving after step {self.done} failed too ({error}): {death.cure}, then continue with "
+                f"{resume}, which starts from the last checkpoint (step {saved})"
+            )
+        return UserError(f"{death.what}; saved after step {self.done}: {death.cure}, then continue with {resume}")
 
     def _save_branch(self, branch: Branch) -> None:
         """The checkpoint and the metrics that the supervised method would have written itself by now."""
@@ -225,6 +264,7 @@ class Trainer:
         state["nets"] = {"student": state["nets"]["student"]}
         state["log"] = branch.log.state_dict()
         branch.store.save(self.done, state, config=self.config)
+        self.log.restart_clock()
 
     def _evaluate(self) -> None:
         if self.evaluate is None:

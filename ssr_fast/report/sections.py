@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -215,15 +215,15 @@ def what_ran(data: RunData) -> str:
     """The stages' costs, and everything that environment.json knows."""
     body = ""
     if data.stages:
+        waits = data.series("data_share")  # of each window; runs of earlier versions have none
         rows = "".join(
             f"<tr><td>{escape(stage.title)}</td><td>{_listed(stage.steps)}</td><td>{_listed(stage.seeds)}</td>"
-            f"<td>{duration(stage.seconds)}</td></tr>"
+            f"<td>{duration(stage.seconds)}</td>{_waiting(waits, stage.title)}</tr>"
             for stage in data.stages
         )
-        body += (
-            '<div class="card scroll"><table><thead><tr><th>Stage</th><th>Steps</th><th>Seed</th><th>Time</th></tr>'
-            f"</thead><tbody>{rows}</tbody></table></div>"
-        )
+        head = "".join(f"<th>{name}</th>" for name in ("Stage", "Steps", "Seed", "Time"))
+        head += "<th>Waiting for data</th>" if waits else ""
+        body += f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     if data.environment:
         rows = "".join(
             f'<tr><td>{escape(name)}</td><td class="text">{escape(value)}</td></tr>'
@@ -234,6 +234,12 @@ def what_ran(data: RunData) -> str:
             "</table></div></details>"
         )
     return body
+
+
+def _waiting(waits: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str:
+    """The cell with the mean share of a stage's windows; none where no stage has any."""
+    share = mean([value for _, value in waits.get(title, [])])
+    return f"<td>{percent(100 * share)}{' %' * math.isfinite(share)}</td>" if waits else ""
 
 
 def _listed(values: tuple[int, ...]) -> str:

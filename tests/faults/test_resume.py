@@ -16,6 +16,8 @@ from ssr_fast.session import Session
 from ssr_fast.train import main
 from tests.methods.run_support import TINY, start
 
+TIMED = ("time", "images_per_second", "data_share")
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -36,7 +38,7 @@ def rows(folder, file="metrics.jsonl"):
     kept = []
     for line in (folder / file).read_text().splitlines():
         row = json.loads(line)
-        kept.append({key: value for key, value in row.items() if key not in ("time", "images_per_second")})
+        kept.append({key: value for key, value in row.items() if key not in TIMED})
     return kept
 
 

@@ -164,6 +164,17 @@ def test_a_loss_is_told_as_a_loss(tmp_path: Path) -> None:
     assert "−8.5" in checker.text
 
 
+def test_the_wait_for_data_stands_beside_the_time(tmp_path: Path) -> None:
+    write_run(tmp_path, curves=True)
+    assert "Waiting for data" not in check(tmp_path).text  # a run of before it was measured
+    windows = [("ssr", 2, 0.02), ("ssr", 4, 0.05), ("ssr", 6, None), ("self_training", 2, 0.4)]
+    rows = [{"stage": stage, "step": step, "data_share": share} for stage, step, share in windows]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = check(tmp_path).text
+    assert "TimeWaiting for data" in text
+    assert "40 s–Self-training" in text and "40 s40.0 %SSR" in text and "40 s3.5 %" in text
+
+
 def test_seeds_are_averaged(tmp_path: Path) -> None:
     content = summary({"ssr": 50.0}, seeds=(0, 2, 4))
     checker = check(write_run(tmp_path, content))
