@@ -163,7 +163,10 @@ def run(
     forms = list(dict.fromkeys(BY_NAME[row.name].form for row in rows if row.status == "ok"))
     screen.print(f"drawing {options.images} pictures of each set into {folder}", soft_wrap=True)
     written = write_sets(folder, (workload.source, workload.target), options.images, SEED)
-    roots = {form: tuple(str(root) for root in MAKERS[form](folder, workload)) for form in forms}
+    roots = {}
+    for form in forms:
+        source, target = MAKERS[form](folder, workload)
+        roots[form] = str(source), str(target)
     facts = _facts(options, written)
     job = Job(
         "", workload, roots, str(folder / "index"), options.workers, PREFETCH * options.workers, options.seconds,

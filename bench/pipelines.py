@@ -94,11 +94,13 @@ class Job:
     @staticmethod
     def of(content: dict[str, Any]) -> "Job":
         """From what dataclasses.asdict and JSON have made of one."""
-        work = content["workload"]
-        parts = {name: Photograph(**work[name]) for name in ("source", "target")}
-        parts |= {name: tuple(work[name]) for name in ("source_box", "target_box", "crop")}
+        work = dict(content["workload"])
+        for name in ("source", "target"):
+            work[name] = Photograph(**work[name])
+        for name in ("source_box", "target_box", "crop"):
+            work[name] = tuple(work[name])
         roots = {form: (source, target) for form, (source, target) in content["roots"].items()}
-        return Job(**{**content, "workload": Workload(**{**work, **parts}), "roots": roots})
+        return Job(**{**content, "workload": Workload(**work), "roots": roots})
 
 
 @dataclass(frozen=True)

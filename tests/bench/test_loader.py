@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -164,7 +163,7 @@ def test_the_instruments_measure_a_known_load():
             with PeakMemory(child.pid, every=0.02) as peak:
                 child.stdout.readline()
                 assert len(tree(child.pid)) == 2
-                assert 0.79 <= cpu_seconds(child.pid) < 1.0
+                assert 0.75 <= cpu_seconds(child.pid) < 1.0  # two processes, user and system: four numbers cut to ticks
                 total, own = memory(child.pid)
                 assert 150e6 < own < 200e6 and own <= total < own + 60e6
             assert peak.samples > 3 and 150e6 < peak.own < 200e6 and peak.own <= peak.peak
@@ -175,10 +174,11 @@ def test_the_instruments_measure_a_known_load():
 
 def test_the_time_of_a_child_that_has_ended_counts():
     inner = "import time\nwhile time.process_time() < 0.4: pass"
-    outer = f"import subprocess, sys, time\nsubprocess.run([sys.executable, '-c', {inner!r}])\nprint(flush=True)\ntime.sleep(60)"
+    outer = f"import subprocess, sys, time\nsubprocess.run([sys.executable, '-c', {inner!r}])\nprint(flush=True)\n"
+    outer += "time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE) as child:
         child.stdout.readline()
-        assert cpu_seconds(child.pid) >= 0.39 and tree(child.pid) == [child.pid]
+        assert cpu_seconds(child.pid) >= 0.36 and tree(child.pid) == [child.pid]
         child.kill()
 
 
@@ -243,4 +243,5 @@ def test_a_mistake_is_one_sentence(capsys):
         error = capsys.readouterr().err
         assert hint in error and error.count("\n") == 1
     assert main(["loader", "--list"]) == 0
-    assert np.all([name in capsys.readouterr().out for name in (RIVAL,)])
+    listed = capsys.readouterr().out
+    assert RIVAL in listed and OURS in listed
