@@ -24,7 +24,7 @@ def tree(root: int) -> list[int]:
 
 
 def cpu_seconds(root: int) -> float:
-    """User and system time of the tree so far, dead children that were waited for included; each process is counted in ticks of 10 ms."""
+    """User and system time of the tree so far, dead children that were waited for too; in ticks of 10 ms a process."""
     ticks = sum(int(value) for pid in tree(root) for value in _stat(pid)[_TIMES])
     return ticks / os.sysconf("SC_CLK_TCK")
 
