@@ -30,6 +30,7 @@ BENCHES: tuple[Bench, ...] = (
 COMMANDS = {
     "ledger": ("bench.ledger.__main__", "a training step counted at full size: operators, syncs, bytes"),
     "step": ("bench.step", "a training step timed, the released loop's and ours, lever by lever"),
+    "loader": ("bench.loader", "input pipelines: torchvision's and ours, samples a second, CPU time, memory"),
     "sam": ("bench.sam", "encoders of SAM: segment-anything's, compiled, transformers', ours in each form"),
 }
 """What has a command line of its own (python -m bench NAME --help): its module, and about what it is."""
