@@ -6,8 +6,10 @@ on the command line.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import os
 import statistics
@@ -27,8 +29,21 @@ from bench import document, tables
 from bench.harness import Setting
 from bench.loader_run import Measured
 from bench.photos import Written, write_sets
-from bench.pipelines import BY_NAME, FOLDERS, PREFETCH, PROVIDERS, Job, Workload, data_config, full_workload, indices
+from bench.pipelines import (
+    BY_NAME,
+    FOLDERS,
+    JPEG,
+    PREFETCH,
+    PROVIDERS,
+    RAW,
+    Job,
+    Workload,
+    data_config,
+    full_workload,
+    indices,
+)
 from bench.process_tree import PeakMemory
+from ssr_fast import prepare
 
 METHOD = {
     "samples_per_second": "a sample is one source view with its label and one target view, normalised float32; wall "
@@ -49,8 +64,27 @@ LIMIT = 900.0
 WORKLOAD: Callable[[], Workload] = full_workload
 MAKERS: dict[str, Callable[[Path, Workload], tuple[Path, Path]]] = {
     FOLDERS: lambda folder, workload: (folder / workload.source.set, folder / workload.target.set),
+    RAW: lambda folder, workload: _stores(folder, workload, "raw"),
+    JPEG: lambda folder, workload: _stores(folder, workload, "jpeg"),
 }
 """Form of the data -> what makes it from the drawn folders, and returns source and target."""
+
+
+def _stores(folder: Path, workload: Workload, image: str) -> tuple[Path, Path]:
+    """Prepared stores of both sets."""
+    made = []
+    for photograph, box, more in (
+        (workload.source, workload.source_box, []),
+        (workload.target, workload.target_box, ["--unlabelled"]),
+    ):
+        out = folder / f"{photograph.set}-{image}"
+        words = ["store", str(folder / photograph.set), "--out", str(out), "--image", image, *more]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            code = prepare.main([*words, "--resize", *map(str, box)])
+        if code:
+            raise RuntimeError(f"prepare store ended with {code}: {said.getvalue()}")
+        made.append(out)
+    return made[0], made[1]
 
 
 @dataclass(frozen=True)
@@ -97,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     screen = tables.console()
     rows = [Row(name, BY_NAME[name].about) for name in options.rows or BY_NAME]
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as folder:
+        os.environ["SSR_FAST_CACHE"] = folder  # what is remembered of this data is of no use afterwards
         workload = WORKLOAD()
         facts = run(rows, workload, options, Path(folder), screen)
     show(rows, workload, facts, screen)

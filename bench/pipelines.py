@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from bench.photos import CITYSCAPES_PHOTOGRAPH, GTA5, Photograph
-from ssr_fast.data.augment import fitted_size, normalise_batch
+from ssr_fast.data.augment import normalise_batch
+from ssr_fast.data.dali_loader import not_supported_reasons
+from ssr_fast.data.geometry import fitted_size
 from ssr_fast.data.index import DomainConfig, Index, build_index
-from ssr_fast.data.plan import Plan
-from ssr_fast.data.torch_loader import DataConfig, StepDataset, load_steps
+from ssr_fast.data.loader import Choice, DataConfig, Inputs, load
 from ssr_fast.presets import gta5_cityscapes
 
-FOLDERS = "PNG folders"
+FOLDERS, RAW, JPEG = "PNG folders", "raw store", "JPEG store"
 PREFETCH = 4
-"""Batches that each worker prepares in advance: ssr_fast.data.torch_loader's, given to every DataLoader here."""
+"""Batches that each worker (of DALI: the pipeline) prepares in advance."""
 ENDLESS = 2**31
 
 Delivered = tuple[Tensor, Tensor, Tensor]
@@ -134,6 +135,7 @@ def data_config(job: Job, form: str) -> DataConfig:
         crop=work.crop,
         batch_size=work.batch,
         workers=job.workers,
+        prefetch=PREFETCH,
     )
 
 
@@ -164,20 +166,34 @@ def torchvision_folders(job: Job) -> Iterator[Delivered]:
     return rival.batches(dataset, work.batch, job.workers, PREFETCH, job.device == "cuda", job.seed)
 
 
-def ours(form: str, job: Job) -> Iterator[Delivered]:
-    """StepDataset and load_steps, and normalise_batch, with which a training step begins, on the host."""
+def ours(loader: str, form: str, device: str, job: Job) -> Iterator[Delivered]:
+    """A loader of ours, and normalise_batch, with which a training step begins, where the loader has not done it."""
     data = data_config(job, form)
-    source, target = indices(data, job.cache)
-    boxes = data.source.resize, data.target.resize
-    plan = Plan(job.seed, source, target, *boxes, data.crop, data.batch_size, data.sampling)
-    dataset = StepDataset(plan, source, target)
-    for batch in load_steps(dataset, 0, ENDLESS, data.workers, job.device == "cuda"):
+    inputs, choice = Inputs(*indices(data, job.cache)), Choice(loader, "for the benchmark")
+    for batch in load(data, inputs, choice, job.seed, 0, ENDLESS, torch.device(device), lambda line: None):
         yield normalise_batch(batch.source_image), batch.source_label, normalise_batch(batch.target_image)
 
 
-def ours_folders(job: Job) -> Iterator[Delivered]:
-    """`ours` on the folders."""
-    return ours(FOLDERS, job)
+def of_torch(form: str) -> Callable[[Job], Iterator[Delivered]]:
+    """Our torch loader on a form of the data; batches stay on the host."""
+    return lambda job: ours("torch", form, "cpu", job)
+
+
+def of_dali(form: str, device: str) -> Callable[[Job], Iterator[Delivered]]:
+    """Our DALI loader on a store, for a device."""
+    return lambda job: ours("dali", form, device, job)
+
+
+def dali_cpu(device: torch.device) -> list[str]:
+    """Why DALI cannot work on the host."""
+    return not_supported_reasons(torch.device("cpu"))
+
+
+def dali_gpu(device: torch.device) -> list[str]:
+    """Why DALI cannot work on a GPU."""
+    if device.type != "cuda":
+        return ["needs a GPU (--device cuda)"]
+    return not_supported_reasons(device)
 
 
 PROVIDERS = (
@@ -192,8 +208,16 @@ PROVIDERS = (
         FOLDERS,
         "the plan's rare-class draws, up to 10 tries a crop; uint8 comes from the workers, float32 is made by the "
         "consumer, on the host",
-        ours_folders,
+        of_torch(FOLDERS),
     ),
+    Provider("ours, raw store", RAW, "the same samples, bit for bit, out of mapped files", of_torch(RAW)),
+    Provider("ours, JPEG store", JPEG, "the same crops of JPEG files of quality 95, decoded by Pillow", of_torch(JPEG)),
+    Provider("DALI cpu, raw store", RAW, "flipped and normalised by DALI, on the host", of_dali(RAW, "cpu"), dali_cpu),
+    Provider(
+        "DALI cpu, JPEG store", JPEG, "decoded (the crop alone) and so on by DALI", of_dali(JPEG, "cpu"), dali_cpu
+    ),
+    Provider("DALI gpu, raw store", RAW, "float32 is made on the GPU", of_dali(RAW, "cuda"), dali_gpu),
+    Provider("DALI gpu, JPEG store", JPEG, "decoded by nvJPEG, on the GPU", of_dali(JPEG, "cuda"), dali_gpu),
 )
 """The first is what the others are compared with."""
 BY_NAME = {provider.name: provider for provider in PROVIDERS}

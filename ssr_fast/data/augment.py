@@ -28,7 +28,7 @@ def normalise_batch(images: Tensor) -> Tensor:
     if images.is_floating_point():
         return images
     mean, std = _constant(MEAN, images.device), _constant(STD, images.device)
-    return ((images.to(torch.float32) - mean) / std).permute(0, 3, 1, 2)
+    return images.to(torch.float32).sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:

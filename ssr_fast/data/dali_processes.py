@@ -11,6 +11,7 @@ from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any
 
+import cv2
 import torch
 
 from ssr_fast.data.workers import STOP_SIGNALS, death
@@ -25,6 +26,7 @@ def start_worker() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -171,11 +171,20 @@ def _files_with(share: NDArray[np.float64], min_share: float) -> NDArray[np.int6
     return files if len(files) else np.flatnonzero(share > 0)
 
 
-def acceptable(label: NDArray[np.uint8], rare_class: int, sampling: SamplingConfig, ignore: int = 255) -> bool:
-    """Whether a source crop's label [H, W] satisfies the conditions of its view."""
+def acceptable(
+    label: NDArray[np.uint8], rare_class: int, sampling: SamplingConfig, pixels: int, ignore: int = 255
+) -> bool:
+    """Whether a source crop satisfies the conditions of its view.
+
+    Args:
+        label: train ids of what of the crop lies inside of the image, uint8 [h, w].
+        rare_class: that the view was drawn for, -1 if none.
+        sampling: the conditions.
+        pixels: of the whole crop.
+        ignore: train id that does not count.
+    """
     # most candidates fail here, and to count one class takes a tenth of the time of all
-    if rare_class >= 0 and np.count_nonzero(label == rare_class) < sampling.min_crop_share * label.size:
+    if rare_class >= 0 and np.count_nonzero(label == rare_class) < sampling.min_crop_share * pixels:
         return False
-    counts = np.bincount(label.ravel(), minlength=256)
-    known = np.delete(counts, ignore)
+    known = np.delete(np.bincount(label.ravel(), minlength=256), ignore)
     return bool(known.max() <= sampling.max_class_share * max(1, known.sum()))

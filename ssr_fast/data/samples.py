@@ -70,11 +70,12 @@ class StepSamples:
         index = self.source_index
         assert index is not None
         label, size = self._label(index, view), self.plan.crop
-        for corner in view.corners:
-            cut = crop_label(label, corner, size, view.flip)
-            if acceptable(cut, view.rare_class, self.plan.sampling):
+        for corner in view.corners:  # looked at in place: neither the mirror nor the padding changes the verdict
+            inside = label[corner[1] : corner[1] + size[0], corner[0] : corner[0] + size[1]]
+            if acceptable(inside, view.rare_class, self.plan.sampling, size[0] * size[1]):
                 break
-        parts = self._pixels("source_image", index, view, corner) | {"source_label": cut}
+        parts = self._pixels("source_image", index, view, corner)
+        parts["source_label"] = crop_label(label, corner, size, view.flip)
         return parts | self._features("source", self.source_features, index, view, corner)
 
     def target(self, view: View) -> Parts:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import wait
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -56,6 +57,7 @@ def _start_worker(worker: int) -> None:
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
         signal.signal(number, signal.SIG_DFL)  # PyTorch's handlers print a guess; the parent says it in its own words
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -92,12 +92,14 @@ def test_flip_probability():
 def test_acceptable_conditions():
     sampling = SamplingConfig(min_crop_share=0.1, max_class_share=0.75)
     label = np.zeros((10, 10), np.uint8)
-    assert not acceptable(label, -1, sampling)  # one class fills it
+    assert not acceptable(label, -1, sampling, 100)  # one class fills it
     label[:4] = 1
-    assert acceptable(label, -1, sampling)
-    assert not acceptable(label, 2, sampling)
+    assert acceptable(label, -1, sampling, 100)
+    assert not acceptable(label, 2, sampling, 100)
     label[9] = 2
-    assert acceptable(label, 2, sampling)
+    assert acceptable(label, 2, sampling, 100)
+    assert acceptable(label[9:], 2, sampling, 10) is False  # all of what is seen is one class
+    assert not acceptable(label[5:], 2, sampling, 101)  # a tenth of the crop, most of which lies beyond the image
     label[:] = 255
     label[0] = 3
-    assert not acceptable(label, -1, sampling)  # all of what is labelled is class 3
+    assert not acceptable(label, -1, sampling, 100)  # all of what is labelled is class 3
