@@ -275,16 +275,11 @@ def _summarise(rows: Sequence[Row]) -> None:
             )
 
 
+_SPREAD = "least..greatest"
 _COLUMNS = (
-    "samples/s",
-    "least..greatest",
-    "vs row 1",
-    "least..greatest",
-    "CPU ms a sample",
-    "peak MB",
-    "without files",
+    *("samples/s", _SPREAD, "vs row 1", _SPREAD, "CPU ms a sample", _SPREAD, "peak MB", "without files"),
+    *("first batch s", _SPREAD, "result"),
 )
-_LAST = ("first batch s", "least..greatest", "result")
 
 
 def show(rows: Sequence[Row], workload: Workload, facts: dict[str, Any], screen: Console) -> None:
@@ -292,7 +287,7 @@ def show(rows: Sequence[Row], workload: Workload, facts: dict[str, Any], screen:
     size = f"{workload.batch}+{workload.batch}@{workload.crop[0]}x{workload.crop[1]}"
     table = Table(title=f"loader, GTA5 to Cityscapes, {size}, {facts['workers']} workers", title_justify="left")
     table.add_column("row", no_wrap=True)
-    for heading in (*_COLUMNS, *_LAST):
+    for heading in _COLUMNS:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if row.status != "skipped":
@@ -314,19 +309,20 @@ def _cells(row: Row) -> list[str]:
     def cell(name: str, factor: float, form: str) -> str:
         return format(factor * row.spreads[name].median, form) if name in row.spreads else "-"
 
-    def spread(name: str, form: str) -> str:
+    def spread(name: str, factor: float, form: str) -> str:
         found = row.spreads.get(name)
-        return "-" if found is None else f"{found.least:{form}}..{found.greatest:{form}}"
+        return "-" if found is None else f"{factor * found.least:{form}}..{factor * found.greatest:{form}}"
 
     return [
         cell("samples_per_second", 1.0, ".1f"),
-        spread("samples_per_second", ".1f"),
+        spread("samples_per_second", 1.0, ".1f"),
         cell("ratio", 1.0, ".2f"),
-        spread("ratio", ".2f"),
+        spread("ratio", 1.0, ".2f"),
         cell("cpu_seconds", 1e3, ".1f"),
+        spread("cpu_seconds", 1e3, ".1f"),
         cell("peak_bytes", 1e-6, ".0f"),
         cell("own_bytes", 1e-6, ".0f"),
         cell("first_seconds", 1.0, ".2f"),
-        spread("first_seconds", ".2f"),
+        spread("first_seconds", 1.0, ".2f"),
         row.status if row.status == "ok" else row.status.upper(),
     ]
