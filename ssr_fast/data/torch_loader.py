@@ -13,9 +13,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ssr_fast.data.batch import Batch, batch_of
 from ssr_fast.data.samples import StepSamples
@@ -29,8 +28,8 @@ class StepDataset(StepSamples, Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         plan = self.views(step)
         domains = [self.source(view) for view in plan.source], [self.target(view) for view in plan.target]
-        stacked = {
-            name: torch.from_numpy(np.stack([view[name] for view in views]))
+        stacked = {  # default_collate writes straight into memory that a worker shares with the training process
+            name: default_collate([torch.from_numpy(view[name]) for view in views])
             for views in domains
             for name in (views[0] if views else ())
         }
