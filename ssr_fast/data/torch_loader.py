@@ -3,6 +3,7 @@
 B batch, H W pixels of the crop.
 """
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -55,10 +56,9 @@ def _start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
         signal.signal(number, signal.SIG_DFL)  # PyTorch's handlers print a guess; the parent says it in its own words
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
 
 
 def _end_with_parent() -> None:
@@ -96,7 +96,7 @@ def load_steps(
     if workers == 0:
         yield from map(_raised, loader)
         return
-    with quiet_start():
+    with quiet_start(), _one_opencv_thread():
         batches: Any = iter(loader)
     processes = LoaderProcesses(batches._workers)
     try:
@@ -104,6 +104,18 @@ def load_steps(
             yield _raised(processes.wait_for(batches.__next__))
     finally:
         processes.end(batches._shutdown_workers)
+
+
+@contextlib.contextmanager
+def _one_opencv_thread() -> Iterator[None]:
+    """Workers that are forked inside resize with one thread each: they are as many as the cores. To say so in a worker
+    would hang it, for it waits there for threads that were not forked with it."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
 
 
 def _raised(batch: Batch | UserError) -> Batch:

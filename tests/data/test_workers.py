@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -260,3 +261,24 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+class Resized:
+    """A dataset whose items resize a large image, and tell how many threads OpenCV has for it."""
+
+    def __getitem__(self, step):
+        cv2.resize(np.zeros((2000, 2000, 3), np.uint8), (1500, 1500))
+        return cv2.getNumThreads()
+
+
+def test_workers_resize_with_one_thread_though_this_process_has_more():
+    """Threads are not forked: a worker that changes their number waits for the missing ones for ever."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        Resized()[0]  # OpenCV's threads start
+        for _ in range(5):
+            assert list(load_steps(Resized(), 0, 4, 2, pin=False)) == [1] * 4
+        assert cv2.getNumThreads() == 3
+    finally:
+        cv2.setNumThreads(before)
