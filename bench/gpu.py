@@ -215,6 +215,10 @@ def _against_bench() -> list[str]:
     return no_gpu() + missing_packages([ROOT / "bench" / "__main__.py"])
 
 
+def _against_loader() -> list[str]:
+    return no_gpu() + missing_packages([ROOT / "bench" / "loader.py"])
+
+
 def _against_step() -> list[str]:
     return no_gpu() + missing_packages([ROOT / "bench" / "step.py"])
 
@@ -237,6 +241,7 @@ STEPS = (
     Step("bench", "benchmarks", lambda: [sys.executable, "-m", "bench", "--json"], _against_bench),
     Step("bench", "training step", lambda: [sys.executable, "-m", "bench", "step", "--json"], _against_step),
     Step("bench", "SAM's encoders", lambda: [sys.executable, "-m", "bench", "sam", "--json"], _against_bench),
+    Step("bench", "input", lambda: [sys.executable, "-m", "bench", "loader", "--quick", "--json"], _against_loader),
 )
 
 if __name__ == "__main__":
