@@ -113,6 +113,11 @@ def _contradictions(config: TrainConfig, stages: tuple[str, ...], explicit: froz
             "give --sam.features online"
         )
     found += _feature_contradictions(config, stages, explicit)
+    if "data.prefetch" in explicit and config.data.workers == 0 and config.data.loader != "dali":
+        found.append(
+            f"--data.prefetch {config.data.prefetch} has no effect with --data.workers 0, which reads nothing in "
+            "advance: leave it out"
+        )
     if config.data.evaluation is None and "run.evaluate_every" in explicit:
         found.append(
             f"--run.evaluate_every {config.run.evaluate_every} has no effect with --data.evaluation null: leave it out"

@@ -10,7 +10,7 @@ B samples of one batch, H W pixels of the crop.
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -89,7 +89,7 @@ def load_dali(
     workers: int,
     queue: int,
     report: Callable[[str], None],
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor], None, None]:
     """Batches of the steps first .. last - 1, in order, whatever the number of workers.
 
     Close the iterator, or let go of it, and its processes end.
@@ -263,7 +263,7 @@ def _memory(
         made += first.nbytes if output.kind == "array" else 12 * source.crop[0] * source.crop[1]
     read, made = (size * queue * source.slots for size in (read * (2 if workers else 1), made))
     return (
-        f"DALI loads for {device}: {workers or 'no'} worker processes, {max(1, workers)} decoding threads, a queue of "
+        f"for {device}: {workers or 'no'} worker processes, {max(1, workers)} decoding threads, a queue of "
         f"{queue} batches; read samples take about {read / 2**20:.1f} MiB and finished batches {made / 2**20:.1f} MiB "
         "(computed from the shapes of the first sample)"
     )

@@ -1,5 +1,6 @@
 """The data of a run, and which loader reads it."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -179,18 +180,26 @@ def load(
     plan = Plan(seed, inputs.source, inputs.target, *boxes, config.crop, config.batch_size, config.sampling)
     if choice.name == "dali":
         samples = DaliSamples(plan, **vars(inputs))
-        report(f"loader: dali ({choice.reason})")
-        for parts in load_dali(
-            samples, first, last, device=device, workers=config.workers, queue=config.prefetch, report=report
-        ):
-            yield batch_of(parts, config.crop)
+        found = load_dali(
+            samples,
+            first,
+            last,
+            device=device,
+            workers=config.workers,
+            queue=config.prefetch,
+            report=lambda line: report(f"loader: dali ({choice.reason}), {line}"),
+        )
+        with contextlib.closing(found):
+            for parts in found:
+                yield batch_of(parts, config.crop)
         return
     dataset = StepDataset(plan, **vars(inputs), cache=config.cache)
     pin = device.type == "cuda"
-    for number, batch in enumerate(load_steps(dataset, first, last, config.workers, pin, config.prefetch)):
-        if number == 0:
-            report(_queues(batch, choice, config))
-        yield batch
+    with contextlib.closing(load_steps(dataset, first, last, config.workers, pin, config.prefetch)) as batches:
+        for number, batch in enumerate(batches):
+            if number == 0:
+                report(_queues(batch, choice, config))
+            yield batch
 
 
 def _queues(batch: Batch, choice: Choice, config: DataConfig) -> str:

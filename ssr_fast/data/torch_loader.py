@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -71,7 +71,7 @@ def _end_with_parent() -> None:
 
 def load_steps(
     dataset: StepDataset, first: int, last: int, workers: int, pin: bool, prefetch: int = 4
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of the steps first .. last - 1, in order, whatever the number of workers.
 
     Closing the generator ends the workers. A batch comes from a worker in one write of less than the 4 KB that a pipe

@@ -43,6 +43,17 @@ def walk(kind, prefix=""):
             yield f"{prefix}{field.name}"
 
 
+def test_the_loaders_options():
+    folders = ["folder", "--data.source.root", "a", "--data.target.root", "b", "--data.evaluation", "null"]
+    (loader,), (prefetch,) = lines([*folders, "--data.loader", "tali"]), lines([*folders, "--data.prefetch", "0"])
+    assert "--data.loader" in loader and "auto, torch, dali" in loader and "tali" in loader
+    assert "--data.prefetch" in prefetch and "at least 1" in prefetch
+    (unread,) = lines([*folders, "--data.prefetch", "2", "--data.workers", "0"])
+    assert "--data.prefetch 2 has no effect with --data.workers 0" in unread
+    for more in (["--data.workers", "1"], ["--data.workers", "0", "--data.loader", "dali"]):
+        assert configure([*folders, "--data.prefetch", "2", *more])[0].data.prefetch == 2
+
+
 def test_every_config_field_is_read_somewhere():
     read = set()
     for path in Path(ssr_fast.__file__).parent.rglob("*.py"):
