@@ -9,6 +9,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from ssr_fast.commandline import command_parser, parse, raise_problems
 from ssr_fast.config import TrainConfig, problems
+from ssr_fast.data.store import is_store
 from ssr_fast.errors import UserError
 from ssr_fast.presets import PRESETS
 
@@ -107,12 +108,13 @@ def _fresh_folder(preset: str) -> Path:
 
 
 def _follow_roots(config: TrainConfig) -> None:
-    """A root that is not given is that of the domain before it, where both are parts of one data set."""
+    """A root that is not given is that of the domain before it, where both are parts of one data set's folder."""
     data = config.data
     pairs = [(data.source, data.target)]
     if data.evaluation is not None:
         pairs.append((data.target, data.evaluation))
     for before, domain in pairs:
         same_set = domain.layout == before.layout and domain.classes == before.classes
+        same_set = same_set and not is_store(Path(before.root))  # which holds one split alone
         if not domain.root and same_set and (domain.split, domain.condition) != (before.split, before.condition):
             domain.root = before.root

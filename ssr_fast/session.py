@@ -75,13 +75,16 @@ class Session:
             keep_freed_memory()
         self.resolved = plain(dataclasses.asdict(config))
         if command:
-            self._write_head(command)
+            if not resume:  # else what it began with stays, until it is sure that it goes on
+                self._write_head(command)
             if self._in_processes():
                 fork_server.start(__name__)  # while this process checks the data
         self.domains = open_domains(config, self.folder, report)
         self.loader = loader_of(config, self.domains, self.device)
         if command:
             self._check_stores()
+            if resume:
+                self._write_head(command)
         self.classes = self.domains.classes
         self.evaluator = self._evaluator()
         self.summary = self._read_summary()
