@@ -12,6 +12,8 @@ from ssr_fast.data.roots import option_name
 from ssr_fast.data.store import ImageStore, open_store
 from ssr_fast.errors import UserError
 
+_DEFAULTS = {"split": "train", "condition": ""}
+
 
 def diagnose_store(
     root: Path, asked: Mapping[str, str], labelled: bool, option: str, report: Report, again: bool = False
@@ -37,7 +39,8 @@ def diagnose_store(
         )
     for name in ("layout", "split", "condition"):
         value, found = asked[name], store.recipe.options[name]
-        if value not in (found, "auto"):
+        left_out = not option and value == _DEFAULTS.get(name)  # `prepare` looks at what is there
+        if value not in (found, "auto") and not left_out:
             has = f"{name} {found}" if found else f"no {name}"
             raise UserError(
                 f"{option_name(option, name)} is {value or 'empty'} and the prepared store {root} was made with {has}; "

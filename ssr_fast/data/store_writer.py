@@ -243,14 +243,15 @@ def _part(folder: Path, number: int) -> Path:
 
 
 def _write_part(plan: Plan, number: int, rows: Sequence[dict[str, Any]]) -> None:
-    content = json.dumps(rows).encode()
+    content = json.dumps({"recipe": plan.recipe.digest, "rows": rows}).encode()
     write_file(_part(plan.folder, number), plan.folder, lambda file: file.write(content), to_disk=True)
 
 
 def _read_part(plan: Plan, number: int) -> list[Row] | None:
-    """What a finished shard holds; None if it is not finished, or its file is damaged."""
+    """What a finished shard holds; None if it is not finished, of another recipe, or its file is damaged."""
     try:
-        return [Row.of(fields) for fields in json.loads(_part(plan.folder, number).read_bytes())]
+        content = json.loads(_part(plan.folder, number).read_bytes())
+        return [Row.of(fields) for fields in content["rows"]] if content["recipe"] == plan.recipe.digest else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -289,7 +290,8 @@ def _finish(plan: Plan) -> None:
     store = ImageStore(plan.folder, plan.recipe, plan.index.classes, rows, plan.notes, files)
     write_file(plan.folder / INDEX, plan.folder, lambda file: file.write(index_text(store)), to_disk=True)
     kept = {store.path(kind, row.shard) for row in rows for kind in store.kinds}
-    for path in plan.folder.glob("*-*.npy"):
+    kept |= {plan.folder / name for name in names}
+    for path in [*plan.folder.glob("*-*.npy"), *(plan.folder / name for name in STATS_FILES)]:
         if path not in kept:
             path.unlink(missing_ok=True)
     for path in (plan.folder / _PARTS).glob("*.json"):

@@ -232,6 +232,18 @@ def test_a_second_run_keeps_what_is_there_and_mends_what_is_not(
     assert content(make(root, store, "--overwrite")) == whole
 
 
+def test_overwriting_keeps_nothing_of_another_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished or not: parts of both look alike."""
+    monkeypatch.setattr(store_writer, "_SMALLEST", 12000)
+    root = odd(tmp_path / "set")
+    with_segments(root)
+    fresh = content(make(root, tmp_path / "fresh", "--image", "jpeg", "--unlabelled"))
+    for rank in (["--rank", "0", "--world", "2"], []):
+        make(root, tmp_path / "store", "--segments", "--overwrite", *rank)
+        make(root, tmp_path / "store", "--image", "jpeg", "--unlabelled", "--overwrite")
+        assert content(tmp_path / "store") == fresh
+
+
 def test_changed_originals_are_stored_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_writer, "_SMALLEST", 12000)
     root, store = odd(tmp_path / "set"), make(odd(tmp_path / "set"), tmp_path / "store")

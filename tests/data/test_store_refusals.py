@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from ssr_fast import prepare
 from ssr_fast.data import store_writer
 from ssr_fast.data.store_index import require_originals
 from ssr_fast.errors import UserError
+from tests.data import builders
 from tests.data.builders import assert_sentence
 from tests.data.test_store import index_of, make, odd, said
 
@@ -88,3 +90,14 @@ def test_an_unfinished_store_says_how_to_finish_it(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError) as error:
         index_of(tmp_path / "store", resize=(40, 30))
     assert_sentence(error.value, tmp_path / "store", "not finished", "prepare store", "--resize 40 30", "--out")
+
+
+def test_check_takes_a_store_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own split need not be given; another one is refused, and so is training on it by another name."""
+    store = make(builders.camvid(tmp_path / "set"), tmp_path / "store", "--split", "all", "--condition", "day")
+    assert prepare.main(["check", str(store)]) == prepare.main(["check", str(store), "--split", "all"]) == 0
+    assert_sentence(said(capsys, "check", store, "--split", "val"), "--split is val", "split all")
+    assert_sentence(said(capsys, "check", store, "--condition", "dusk"), "--condition is dusk", "condition day")
+    with pytest.raises(UserError) as error:
+        index_of(store, condition="day")
+    assert_sentence(error.value, "--data.source.split is train", "split all")
