@@ -121,8 +121,6 @@ class ImageStore:
             report: takes one-line messages.
             again: read everything.
         """
-        missing = self._wrong_sizes()
-        bad = {error.path for error in missing}
         shards: dict[Path, list[Row]] = {}
         for row in self.rows:
             for kind in self.kinds:
@@ -131,9 +129,9 @@ class ImageStore:
         def check(path: Path) -> BadFile | None:
             return self.check_shard(path, shards[path]) if path in shards else self._check_whole(path)
 
-        paths = [path for path in (*shards, *(self.folder / name for name in self.files)) if path not in bad]
+        paths = [*shards, *(self.folder / name for name in self.files)]
         key = f"{self.folder.resolve()} {checksum((self.folder / INDEX).read_bytes())}"
-        return missing + check_files(key, paths, check, report, again)
+        return check_files(key, paths, check, report, again)
 
     def check_shard(self, path: Path, rows: Sequence[Row]) -> BadFile | None:
         """What is wrong with a file that holds the parts of rows, and nothing else."""
@@ -159,24 +157,6 @@ class ImageStore:
         except OSError as error:
             return BadFile(path, _reason(error), self._advice())
         return None if whole else BadFile(path, "is damaged (its checksum is another)", self._advice())
-
-    def _wrong_sizes(self) -> list[BadFile]:
-        """Files that are missing or of another length than their samples add up to."""
-        ends: dict[Path, int | None] = {self.folder / name: None for name in self.files}
-        for row in self.rows:
-            for kind in self.kinds:
-                path = self.path(kind, row.shard)
-                ends[path] = max(ends.get(path) or 0, row.span(kind)[1])
-        found = []
-        for path, size in ends.items():
-            try:
-                length = path.stat().st_size
-            except OSError as error:
-                found.append(BadFile(path, _reason(error), self._advice()))
-                continue
-            if size is not None and length != size:
-                found.append(BadFile(path, f"has {length} bytes where {size} were written", self._advice()))
-        return found
 
     def _advice(self) -> str:
         return _advice(self.folder, self.recipe)

@@ -22,6 +22,7 @@ def test_crops_of_image_and_label_stay_aligned(flip):
     image = np.repeat(label[..., None], 3, 2)
     cut = geometry.crop_label(label, (13, 7), (16, 24), flip)
     np.testing.assert_array_equal(geometry.crop_image(image, (13, 7), (16, 24), flip)[..., 1], cut)
+    assert not np.shares_memory(cut, label)  # which may be a file's pages
     expected = label[7:23, 13:37]
     np.testing.assert_array_equal(cut, expected[:, ::-1] if flip else expected)
 

@@ -93,7 +93,11 @@ def same(one: list[Batch], two: list[Batch], levels: float = 0.0) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_folders_and_raw_store_are_bit_identical(folders: dict[str, Path], workers: int) -> None:
-    expected = batches(config_of(folders["folders"]), "torch")
+    config = config_of(folders["folders"])
+    expected, inputs = batches(config, "torch"), inputs_of(config)
+    plan = Plan(5, inputs.source, inputs.target, BOX, BOX, (24, 32), 3, config.sampling)
+    dataset = StepDataset(plan, inputs.source, inputs.target, segments=inputs.segments)
+    same(expected, [normalised(dataset[step]) for step in range(9)])
     same(expected, batches(config_of(folders["raw"], workers=workers), "torch"))
     assert any(bool((batch.source_label == 255).all(1).any()) for batch in expected)  # crops beyond the images
 

@@ -99,7 +99,9 @@ def test_acceptable_conditions():
     label[9] = 2
     assert acceptable(label, 2, sampling, 100)
     assert acceptable(label[9:], 2, sampling, 10) is False  # all of what is seen is one class
-    assert not acceptable(label[5:], 2, sampling, 101)  # a tenth of the crop, most of which lies beyond the image
+    loose = SamplingConfig(min_crop_share=0.1, max_class_share=0.9)
+    assert acceptable(label[5:], 2, loose, 100)
+    assert not acceptable(label[5:], 2, loose, 101)  # less than a tenth of the crop, though a fifth of what is inside
     label[:] = 255
     label[0] = 3
     assert not acceptable(label, -1, sampling, 100)  # all of what is labelled is class 3

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -242,6 +243,29 @@ def test_overwriting_keeps_nothing_of_another_recipe(tmp_path: Path, monkeypatch
         make(root, tmp_path / "store", "--segments", "--overwrite", *rank)
         make(root, tmp_path / "store", "--image", "jpeg", "--unlabelled", "--overwrite")
         assert content(tmp_path / "store") == fresh
+
+
+def test_a_rank_that_comes_late_keeps_what_the_others_have_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank has written the index, and so removed the parts, before this one finds its own damaged."""
+    monkeypatch.setattr(store_writer, "_SMALLEST", 12000)
+    make(odd(tmp_path / "set"), tmp_path / "store")
+    whole, plans = content(tmp_path / "store"), []
+    make_store = store_writer.make_store
+
+    def late(plan: store_writer.Plan, workers: int, rank: int, world: int) -> Iterator[store_writer.Done]:
+        plans.append(plan)
+        return make_store(plan, workers, rank, world)
+
+    monkeypatch.setattr("ssr_fast.prepare_store.make_store", late)
+    make(tmp_path / "set", tmp_path / "store", "--rank", "0", "--world", "2")
+    assert not (tmp_path / "store" / "parts").exists()
+    (tmp_path / "store" / "labels-00001.npy").write_bytes(b"damaged")
+    assert not store_writer._Job(plans[0])(1).kept
+    assert not (tmp_path / "store" / "index.json").exists()
+    store_writer._finish(plans[0])
+    assert content(tmp_path / "store") == whole
 
 
 def test_changed_originals_are_stored_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
