@@ -238,11 +238,13 @@ def test_overwriting_keeps_nothing_of_another_recipe(tmp_path: Path, monkeypatch
     monkeypatch.setattr(store_writer, "_SMALLEST", 12000)
     root = odd(tmp_path / "set")
     with_segments(root)
-    fresh = content(make(root, tmp_path / "fresh", "--image", "jpeg", "--unlabelled"))
-    for rank in (["--rank", "0", "--world", "2"], []):
-        make(root, tmp_path / "store", "--segments", "--overwrite", *rank)
-        make(root, tmp_path / "store", "--image", "jpeg", "--unlabelled", "--overwrite")
-        assert content(tmp_path / "store") == fresh
+    for before, after in ((["--segments"], ["--image", "jpeg", "--unlabelled"]), ([], ["--image", "jpeg"])):
+        shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
+        fresh = content(make(root, tmp_path / "fresh", *after))
+        for rank in (["--rank", "0", "--world", "2"], []):
+            make(root, tmp_path / "store", "--overwrite", *before, *rank)
+            make(root, tmp_path / "store", "--overwrite", *after)
+            assert content(tmp_path / "store") == fresh
 
 
 def test_a_rank_that_comes_late_keeps_what_the_others_have_finished(
