@@ -262,6 +262,7 @@ class Session:
             batch_size=data.batch_size,
             images=tuple(len(index.samples) for index in indices),
             cached=data.cache,
+            dali=self.loader.name == "dali",
             from_files=data.scenes is None and any(index.layout.store is None for index in indices),
         )
 

@@ -21,7 +21,7 @@ class Advice:
 
 
 def advise(
-    *, workers: int, cores: int, batch_size: int, images: tuple[int, ...], cached: bool, from_files: bool
+    *, workers: int, cores: int, batch_size: int, images: tuple[int, ...], cached: bool, from_files: bool, dali: bool
 ) -> Advice:
     """The advice for a run.
 
@@ -31,6 +31,7 @@ def advise(
         batch_size: images of each data set in a batch.
         images: number of images in each data set that training reads.
         cached: whether decoded images stay in memory (--data.cache), in each worker's for itself.
+        dali: whether DALI reads, which keeps no images.
         from_files: whether samples are decoded and resized from the original files.
     """
     cures = []
@@ -38,7 +39,7 @@ def advise(
         cures.append(f"read in processes of their own (--data.workers {min(4, cores)})")
     elif 0 < workers < cores:
         cures.append(f"raise --data.workers (it is {workers}, and there are {cores} cores)")
-    if sum(images) <= _FEW_IMAGES and not cached:
+    if sum(images) <= _FEW_IMAGES and not cached and not dali:
         cures.append(f"keep the {sum(images)} images in memory (--data.cache true)")
     if from_files and not cached:
         cures.append("read prepared files (`python -m ssr_fast.prepare store`)")

@@ -33,7 +33,7 @@ class Output:
     """One part of a batch, and what the source hands over for it.
 
     Attributes:
-        part: a field of torch_loader.Batch, such as "source_image".
+        part: a field of Batch, such as "source_image".
         kind: "array" goes into the batch as it is: one array. "pixels" is flipped and normalised: uint8 [H, W, 3], cut
             and padded but not flipped, and flip uint8 [1]. "jpeg" is decoded, padded, flipped and normalised: the
             file's bytes uint8 [n], corner int32 [2] (y, x) of the crop, int32 [2] (height, width) of what of it lies

@@ -128,7 +128,10 @@ def test_an_error_of_the_loader_comes_through_and_closing_reaches_it() -> None:
     DataClock(iter([1]), ADVICE, print).close()  # an iterator that cannot be closed
 
 
-OWN = {"workers": 0, "cores": 8, "batch_size": 2, "images": (24966, 2975), "cached": False, "from_files": True}
+OWN = {
+    "workers": 0, "cores": 8, "batch_size": 2, "images": (24966, 2975), "cached": False, "from_files": True,
+    "dali": False,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,7 @@ OWN = {"workers": 0, "cores": 8, "batch_size": 2, "images": (24966, 2975), "cach
         ({"workers": 4}, ["raise --data.workers (it is 4, and there are 8 cores)"], []),
         ({"workers": 8}, ["prepare store"], ["workers"]),
         ({"images": (305, 62)}, ["367 images in memory (--data.cache true)"], []),
+        ({"images": (305, 62), "from_files": False, "dali": True}, ["--data.workers"], ["cache"]),
         ({"from_files": False}, ["--data.workers"], ["store", "cache"]),
         ({"images": (305,), "cached": True}, ["--data.workers 4"], ["store", "cache"]),
         ({"workers": 8, "from_files": False}, ["more cores or a faster disk"], ["--"]),
