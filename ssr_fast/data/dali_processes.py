@@ -1,5 +1,6 @@
 """DALI's worker processes: how they start, and how they end when one was killed, the parent died or nobody reads on."""
 
+import atexit
 import multiprocessing
 import os
 import queue
@@ -49,6 +50,8 @@ class Processes:
         self._pool = pipeline._py_pool  # DALI names its processes nowhere else
         pids = self._pool.pids() if self._pool is not None else []
         self._children = [child for child in multiprocessing.active_children() if child.pid in pids]
+        if self._children:  # registered after DALI's own end of the pool, and so called before it
+            atexit.register(self._kill)
 
     def call(self, function: Callable[[], Any]) -> None:
         """function().
@@ -83,6 +86,10 @@ class Processes:
                 done.get(timeout=_PATIENCE)
             except queue.Empty:
                 pass  # a process hangs in a read, or died just now
+        atexit.unregister(self._kill)
+        self._kill()
+
+    def _kill(self) -> None:
         for child in self._children:
             child.kill()
             child.join()
