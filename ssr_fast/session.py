@@ -33,6 +33,7 @@ from ssr_fast.engine.side_by_side import share, side_by_side
 from ssr_fast.engine.trainer import Branch, Trainer, pick_device
 from ssr_fast.engine.wrapping import wrap
 from ssr_fast.errors import UserError
+from ssr_fast.eval.protocols import fitting_protocols
 from ssr_fast.evaluator import Evaluator
 from ssr_fast.methods.build import build_method
 from ssr_fast.methods.source_free import SourceFreeConfig
@@ -351,9 +352,8 @@ def _stages_process(config: TrainConfig, preset: str, resume: bool, names: list[
 
 def _protocol(classes: ClassSet, preset: str) -> str:
     """The published protocol of a benchmark preset, else all classes."""
-    if classes.name != "cityscapes":
-        return "generic"
-    return "synthia16" if preset == "synthia-cityscapes" else "cityscapes19"
+    fitting = fitting_protocols(classes.names)
+    return "synthia16" if preset == "synthia-cityscapes" and "synthia16" in fitting else fitting[0]
 
 
 def plain(value: Any) -> Any:

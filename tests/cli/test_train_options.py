@@ -15,9 +15,10 @@ import yaml
 from PIL import Image
 
 import ssr_fast
-from ssr_fast import train
+from ssr_fast import session, train
 from ssr_fast.arguments import configure
 from ssr_fast.config import TrainConfig, problems
+from ssr_fast.data.labels import CAMVID, CITYSCAPES
 from ssr_fast.errors import UserError
 from ssr_fast.presets import PRESETS
 from ssr_fast.train import main
@@ -41,6 +42,20 @@ def walk(kind, prefix=""):
             yield from walk(hint, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}"
+
+
+@pytest.mark.parametrize(
+    ("classes", "preset", "protocol"),
+    [
+        (CITYSCAPES, "gta5-cityscapes", "cityscapes19"),
+        (CITYSCAPES, "synthia-cityscapes", "synthia16"),
+        (CITYSCAPES, "folder", "cityscapes19"),
+        (CAMVID, "camvid-day-dusk", "generic"),
+        (CAMVID, "synthia-cityscapes", "generic"),
+    ],
+)
+def test_a_run_is_scored_by_the_published_protocol(classes, preset, protocol):
+    assert session._protocol(classes, preset) == protocol
 
 
 def test_the_loaders_options():
