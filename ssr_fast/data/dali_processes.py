@@ -2,10 +2,7 @@
 
 import atexit
 import multiprocessing
-import os
 import queue
-import random
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,9 +10,8 @@ from multiprocessing import connection
 from typing import Any
 
 import cv2
-import torch
 
-from ssr_fast.data.workers import STOP_SIGNALS, death
+from ssr_fast.data.workers import begin_worker, death
 from ssr_fast.errors import UserError
 
 _POLL = 0.5  # seconds between two looks at the processes while DALI lets one wait
@@ -23,20 +19,9 @@ _PATIENCE = 10.0  # seconds that a process has to end its sample when the loader
 
 
 def start_worker() -> None:
-    """Workers leave stopping to the parent: a terminal's Ctrl-C reaches the whole process group."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-    random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "samples are unpickled in worker processes only"
-    parent.join()
-    os._exit(1)  # the main thread waits for a parent that is gone
+    """In a process of DALI's, before its first sample."""
+    begin_worker()
+    cv2.setNumThreads(1)  # not in begin_worker: in a forked process it hangs
 
 
 class Processes:

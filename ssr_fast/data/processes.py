@@ -42,12 +42,17 @@ def in_processes(job: Callable[[_Task], _Result], tasks: Sequence[_Task], worker
         pool.shutdown(cancel_futures=True)
 
 
+def follow_parent() -> None:
+    """From here on this process ends with the one that started it, whatever it is doing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "no process of multiprocessing"
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
 def _start() -> None:
     """Stopping is the parent's affair: Ctrl-C reaches the whole group, and a killed parent must leave no process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    follow_parent()
 
 
 def _end_with(sentinel: int) -> None:

@@ -4,13 +4,8 @@ B batch, H W pixels of the crop.
 """
 
 import contextlib
-import multiprocessing
-import os
-import random
 import signal
-import threading
 from collections.abc import Generator, Iterator
-from multiprocessing.connection import wait
 from typing import Any
 
 import cv2
@@ -19,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ssr_fast.data.batch import Batch, batch_of
 from ssr_fast.data.samples import StepSamples
-from ssr_fast.data.workers import STOP_SIGNALS, LoaderProcesses, quiet_start
+from ssr_fast.data.workers import LoaderProcesses, begin_worker, quiet_start
 from ssr_fast.errors import UserError
 
 
@@ -51,22 +46,10 @@ class _Reported(Dataset[Batch | UserError]):
 
 
 def _start_worker(worker: int) -> None:
-    """Workers leave stopping to the parent: a terminal's Ctrl-C reaches the whole process group."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """In a worker, before its first sample."""
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
         signal.signal(number, signal.SIG_DFL)  # PyTorch's handlers print a guess; the parent says it in its own words
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
-
-
-def _end_with_parent() -> None:
-    """A worker that waits for its turn to write would not notice that nobody is left to read."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGKILL)
+    begin_worker()
 
 
 def load_steps(

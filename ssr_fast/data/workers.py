@@ -4,6 +4,7 @@ Any loader that reads in processes of its own can use it; what the trainer needs
 """
 
 import contextlib
+import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,9 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TypeVar
 
+import torch
+
+from ssr_fast.data.processes import follow_parent
 from ssr_fast.errors import UserError
 
 _Batch = TypeVar("_Batch")
@@ -29,6 +33,19 @@ _CAUSES = {
     ),
 }
 _OTHER_CURE = "find out what ended it"
+
+
+def begin_worker() -> None:
+    """What a loader's process does first, in itself.
+
+    It leaves stopping to the parent, since signals of a terminal or a cluster reach the whole process group, and ends
+    with it: one that waits for its turn to write would not notice that nobody is left to read.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    follow_parent()
+    torch.set_num_threads(1)
+    random.seed(0)  # nothing may depend on a worker's own random state; a fixed one makes a violation reproducible
 
 
 class LoaderDied(UserError):
