@@ -7,9 +7,10 @@ from pathlib import Path
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from ssr_fast.commandline import command_parser, parse, raise_problems
+from ssr_fast.commandline import command_parser, parse, raise_problems, tell
 from ssr_fast.config import TrainConfig, problems
 from ssr_fast.data.store import is_store
+from ssr_fast.engine.ranks import first, launched
 from ssr_fast.errors import UserError
 from ssr_fast.presets import PRESETS
 
@@ -67,6 +68,9 @@ def configure(argv: list[str]) -> tuple[TrainConfig, str, bool]:
     if "method.name" in explicit and "run.stages" not in explicit:
         config.run.stages = None  # a method that is asked for by name replaces a preset's comparison
     _follow_roots(config)
+    if resume:
+        _share_again(config, explicit)
+    config.parallel.processes = launched() if "parallel.processes" not in explicit else config.parallel.processes
     raise_problems(problems(config, explicit))
     if not config.run.dir:
         config.run.dir = str(_fresh_folder(preset))
@@ -89,6 +93,30 @@ def _run_to_resume(options: Namespace) -> Path:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"--resume {folder} is no run directory: it has no config.yaml")
     return folder
+
+
+def _share_again(config: TrainConfig, explicit: frozenset[str]) -> None:
+    """A run that is resumed by another number of processes keeps its micro-batches: each takes more or fewer of them.
+
+    Raises:
+        UserError: they cannot be shared evenly, and the user has not said how many each shall take.
+    """
+    before, now = config.parallel.processes or 1, launched()
+    if before == now or "optim.accumulate" in explicit:
+        return
+    shares = before * config.optim.accumulate
+    if shares % now:
+        raise UserError(
+            f"the run was trained by {before} process{'es' * (before > 1)} with --optim.accumulate "
+            f"{config.optim.accumulate}, and {now} cannot share the {shares} micro-batches of a step evenly: start a "
+            f"divisor of {shares}, or give --optim.accumulate and with it another number of images in a step"
+        )
+    config.optim.accumulate = shares // now
+    if first():
+        tell(
+            f"{now} process{'es' * (now > 1)} in place of {before}: --optim.accumulate is {shares // now}, so that a "
+            "step sees as many images as before"
+        )
 
 
 def _preset_of(folder: Path) -> str:

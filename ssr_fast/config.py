@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field
 
 from ssr_fast.data.loader import DataConfig
+from ssr_fast.engine.guard import GuardConfig
 from ssr_fast.engine.optim import OptimConfig
-from ssr_fast.engine.trainer import RunConfig
+from ssr_fast.engine.parallel import ParallelConfig
+from ssr_fast.engine.ranks import launched
+from ssr_fast.engine.run_config import RunConfig
 from ssr_fast.eval.inference import InferenceConfig
 from ssr_fast.methods.method import METHODS, MethodConfig
 from ssr_fast.methods.self_training import SelfTrainingConfig
@@ -36,6 +39,10 @@ class TrainConfig:
     """The regulariser's frozen encoder; for the method ssr."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser and schedule."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Which steps are skipped, and when a run gives up."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Several processes."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How images are seen at evaluation."""
 
@@ -77,7 +84,8 @@ def problems(config: TrainConfig, explicit: frozenset[str] = frozenset()) -> lis
     stages = config.stages()
     found = config.run.problems("run") + config.data.problems("data", config.reads_source())
     found += config.method.problems("method") + config.optim.problems("optim")
-    found += config.inference.problems("inference")
+    found += config.inference.problems("inference") + config.guard.problems("guard")
+    found += config.parallel.problems("parallel")
     for stage in stages:
         if stage not in METHODS:
             found.append(f"--run.stages must hold only {', '.join(METHODS)} (it holds {stage})")
@@ -112,7 +120,7 @@ def _contradictions(config: TrainConfig, stages: tuple[str, ...], explicit: froz
             "--sam.features cached_views keeps features of source images and --ssr.domains mixed uses none: "
             "give --sam.features online"
         )
-    found += _feature_contradictions(config, stages, explicit)
+    found += _feature_contradictions(config, stages, explicit) + _parallel_contradictions(config, explicit)
     if "data.prefetch" in explicit and config.data.workers == 0 and config.data.loader != "dali":
         found.append(
             f"--data.prefetch {config.data.prefetch} has no effect with --data.workers 0, which reads nothing in "
@@ -131,6 +139,24 @@ def _contradictions(config: TrainConfig, stages: tuple[str, ...], explicit: froz
         found.append(
             f"--optim.warmup_steps {config.optim.warmup_steps} is not below --run.steps {config.run.steps}: "
             "the learning rate would never reach its value"
+        )
+    return found
+
+
+def _parallel_contradictions(config: TrainConfig, explicit: frozenset[str]) -> list[str]:
+    """What one process, or a sharded network, cannot have."""
+    mode, world = config.parallel.picked(launched()), launched()
+    found = [
+        f"--parallel.{name} {getattr(config.parallel, name)} has no effect with one process: leave it out"
+        for name in ("reduce", "sync_batchnorm")
+        if world == 1 and f"parallel.{name}" in explicit
+    ]
+    if mode in ("fsdp", "hsdp") and config.optim.fused == "apex":
+        found.append(f"--optim.fused apex knows no shards, which --parallel.mode {mode} makes: give --optim.fused torch")
+    if world > 1 and config.run.device.startswith("cuda:"):
+        found.append(
+            f"--run.device {config.run.device} is one GPU and torchrun has started {world} processes, each of which "
+            "takes that of its number: give --run.device cuda"
         )
     return found
 

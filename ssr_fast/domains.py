@@ -22,7 +22,7 @@ from ssr_fast.data.store import ImageStore
 from ssr_fast.data.store_index import require_originals
 from ssr_fast.data.stores import Store
 from ssr_fast.data.superpixels import SuperpixelConfig, Superpixels
-from ssr_fast.engine.trainer import pick_device
+from ssr_fast.engine.run_config import pick_device
 from ssr_fast.errors import UserError
 from ssr_fast.methods.ssr import StoredFeatures
 from ssr_fast.models.feature_maps import build_map_encoder, check_recipe, recipe
@@ -150,14 +150,16 @@ def loader_of(config: TrainConfig, domains: Domains, device: torch.device) -> Ch
     return choose_loader(config.data, domains.source, domains.target, device, pixels)
 
 
-def inputs_of(domains: Domains, features: Features | None) -> Inputs:
-    """What the loader reads."""
+def inputs_of(domains: Domains, features: Features | None, rank: int = 0, world: int = 1) -> Inputs:
+    """What the loader of a rank reads."""
     return Inputs(
         domains.source,
         domains.target,
         domains.segments,
         features.source if features else None,
         features.target if features else None,
+        rank,
+        world,
     )
 
 

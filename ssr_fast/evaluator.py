@@ -3,14 +3,14 @@
 H W pixels of an image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from ssr_fast.data.index import Index, Sample
 from ssr_fast.data.labels import ClassSet
@@ -32,6 +32,8 @@ class Evaluator:
         resize: (width, height) of the box that images are resized into, or None.
         protocol: a published protocol's name, or generic.
         device: where the networks are.
+        share: (rank, world): of the labelled images this process judges every world-th one.
+        total: replaces a tensor by its sum over the processes.
     """
 
     def __init__(
@@ -44,26 +46,39 @@ class Evaluator:
         resize: tuple[int, int] | None,
         protocol: str,
         device: torch.device,
+        share: tuple[int, int] = (0, 1),
+        total: Callable[[Tensor], None] = lambda counts: None,
     ) -> None:
+        self.share, self.total = share, total
         self.labelled, self.classes = labelled, classes
         samples = pictures.samples
         self.shown = samples[:: max(1, len(samples) // max(1, shown))][:shown]
         self.read_image = pictures.layout.read_image
         self.inference, self.resize, self.protocol, self.device = inference, resize, protocol, device
 
-    def scores(self, student: nn.Module) -> Scores:
-        """The scores on all labelled images."""
+    def scores(self, student: nn.Module, after_image: Callable[[], None] = lambda: None) -> Scores:
+        """The scores on all labelled images.
+
+        Args:
+            after_image: called after each image, equally often on every process.
+        """
         if self.labelled is None:
             raise ValueError("there are no labelled images to score")
+        rank, world = self.share
+        mine = self.labelled.samples[rank::world]
         matrix = evaluate_samples(
             student,
-            self.labelled.samples,
+            mine,
             self.labelled.layout,
             self.inference,
             self.resize,
             self.device,
             self.classes.count,
+            progress=lambda done, count: after_image(),
         )
+        for _ in range(-(-len(self.labelled.samples) // world) - len(mine)):
+            after_image()
+        self.total(matrix.counts)
         return score(matrix.counts, self.classes.names, self.protocol)
 
     def predict_shown(self, student: nn.Module, folder: Path) -> None:

@@ -13,7 +13,7 @@ from ssr_fast.engine.apex import apex_reasons
 from ssr_fast.engine.attention import head_shapes, xformers_problem
 from ssr_fast.engine.environment import environment, missing
 from ssr_fast.engine.precision import computed_dtype, pick_precision
-from ssr_fast.engine.trainer import pick_device
+from ssr_fast.engine.run_config import pick_device
 from ssr_kernels import align, contrast, dwconv, library, segloss
 from ssr_kernels.registry import BACKENDS
 

@@ -11,7 +11,7 @@ from ssr_fast.data.loader import DataConfig
 from ssr_fast.data.plan import SamplingConfig
 from ssr_fast.data.scenes import ScenesConfig
 from ssr_fast.engine.optim import OptimConfig
-from ssr_fast.engine.trainer import RunConfig
+from ssr_fast.engine.run_config import RunConfig
 from ssr_fast.methods.method import MethodConfig
 from ssr_fast.methods.self_training import SelfTrainingConfig
 from ssr_fast.methods.source_free import SourceFreeConfig

@@ -4,13 +4,10 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from ssr_fast.config import TrainConfig
@@ -23,23 +20,26 @@ from ssr_fast.engine import fork_server
 from ssr_fast.engine.apex import check_fused
 from ssr_fast.engine.attention import check_attention, check_sam_attention
 from ssr_fast.engine.checkpoint import CheckpointStore
-from ssr_fast.engine.environment import environment
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.host_memory import keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig
+from ssr_fast.engine.parallel import wrap
 from ssr_fast.engine.precision import pick_precision
+from ssr_fast.engine.ranks import Ranks
+from ssr_fast.engine.run_config import pick_device
 from ssr_fast.engine.side_by_side import share, side_by_side
-from ssr_fast.engine.trainer import Branch, Trainer, pick_device
-from ssr_fast.engine.wrapping import wrap
+from ssr_fast.engine.trainer import Branch, Trainer
 from ssr_fast.errors import UserError
 from ssr_fast.eval.protocols import fitting_protocols
 from ssr_fast.evaluator import Evaluator
 from ssr_fast.methods.build import build_method
 from ssr_fast.methods.source_free import SourceFreeConfig
+from ssr_fast.models.segmentor import Segmentor
 from ssr_fast.models.weights import save_model
 from ssr_fast.presets import ABOUT
 from ssr_fast.report.page import write_report
+from ssr_fast.run_files import check_stores, plain, write_head, write_text
 
 STAGE_NAMES = {
     "supervised": "source_only",
@@ -57,16 +57,28 @@ class Session:
         preset: name of the preset that it started from.
         resume: continue what the directory holds.
         command: how the run was started, for the report; empty for a process that trains one stage of a run.
-        report: takes one-line messages about the data.
+        report: takes one-line messages.
+        ranks: the processes that train together; rank 0 writes the directory, and what the others say is lost.
+        at: told what the main thread is about to do, for the watch.
     """
 
     def __init__(
-        self, config: TrainConfig, preset: str, resume: bool, command: list[str], report: Report = print
+        self,
+        config: TrainConfig,
+        preset: str,
+        resume: bool,
+        command: list[str],
+        report: Report = print,
+        ranks: Ranks | None = None,
+        at: Report = lambda place: None,
     ) -> None:
-        self.config, self.preset, self.resume, self.report = config, preset, resume, report
-        self.console: Console | None = None
+        self.ranks, self.at = ranks or Ranks(), at
+        self.config, self.preset, self.resume = config, preset, resume
+        self.report = report if self.ranks.first else _nothing
+        self.say: Report = print if self.ranks.first else _nothing
+        self.console: Console | None = None if self.ranks.first else Console(quiet=True, force_terminal=False)
         self.folder = Path(config.run.dir)
-        self.device = pick_device(config.run.device)
+        self.device = pick_device(config.run.device, self.ranks.local if self.ranks.world > 1 else None)
         self.precision = pick_precision(config.run.precision, self.device)
         check_fused(config.optim.fused, self.device)
         check_attention(config.run.attention, config.model.backbone, self.precision, self.device)
@@ -80,15 +92,16 @@ class Session:
                 self._write_head(command)
             if self._in_processes():
                 fork_server.start(__name__)  # while this process checks the data
-        self.domains = open_domains(config, self.folder, report)
+        at("looking at the data")
+        self.domains = self.ranks.first_then_others(lambda: open_domains(config, self.folder, self.report))
         self.loader = loader_of(config, self.domains, self.device)
         if command:
-            self._check_stores()
+            self.ranks.on_first(lambda: check_stores(self.folder, self.domains.recipes(), resume))
             if resume:
                 self._write_head(command)
         self.classes = self.domains.classes
         self.evaluator = self._evaluator()
-        self.summary = self._read_summary()
+        self.summary = self.ranks.on_first(self._read_summary)
 
     def train(self) -> dict[str, Any]:
         """Train every stage that is not finished, then write pictures, the model and the report; the summary.
@@ -101,20 +114,26 @@ class Session:
         finished = [row["name"] for row in self.summary["stages"]]
         pending = [name for name in stages if STAGE_NAMES[name] not in finished]
         if self._shared_steps():
-            print(f"the first {self._shared_steps()} steps of source_only and self_training are the same: trained once")
+            self.say(f"the first {self._shared_steps()} steps of source_only and self_training are the same: trained once")
         with StopSignal() as stop:
             if self._in_processes():
                 self._train_side_by_side(pending, stop)
             else:
                 for name in itertools.chain(*self._chains()):
                     if name in pending:
-                        self._finish_stages([self.train_stage(name, stop)])
+                        row = self.train_stage(name, stop)
+                        self.ranks.on_first(lambda row=row: self._finish_stages([row]))  # type: ignore[misc]
+        self.ranks.on_first(lambda: self._finish(pending))
+        return self.summary
+
+    def _finish(self, pending: list[str]) -> None:
+        """What is left once every stage is trained."""
+        stages = self.config.stages()
         if len(stages) > 1:
             for file in sorted((self.folder / "models" / STAGE_NAMES[stages[-1]]).iterdir()):
                 shutil.copyfile(file, self.folder / file.name)
         if not pending:
             self._write_report()
-        return self.summary
 
     def _evaluator(self) -> Evaluator:
         """What judges the stages; without labelled images it shows some of the target's."""
@@ -129,11 +148,14 @@ class Session:
             seen.resize,
             _protocol(self.classes, self.preset),
             self.device,
+            (self.ranks.rank, self.ranks.world),
+            self.ranks.sum_,
         )
 
     def _in_processes(self) -> bool:
         """Whether stages train at the same time, each in a process of its own."""
-        return self.device.type == "cpu" and share(len(self._chains()))[0] > 1
+        alone = self.config.parallel.picked(self.ranks.world) == "single"
+        return alone and self.device.type == "cpu" and share(len(self._chains()))[0] > 1
 
     def _shared_steps(self) -> int:
         """Number of first steps that source-only training has in common with self-training; they are trained once."""
@@ -212,16 +234,18 @@ class Session:
             device=self.device,
             stored=stored,
         )
-        wrap(method, config.run, self.precision)
-        inputs = inputs_of(self.domains, features)
+        shares = config.optim.accumulate
+        wrapped = wrap(method, config.run, self.precision, config.parallel, self.ranks, shares)
+        inputs = inputs_of(self.domains, features, self.ranks.rank, self.ranks.world)
+        data = dataclasses.replace(config.data, batch_size=config.data.batch_size * shares)
         store, log = self._records(stage)
         branch = None
         if shared and name == "self_training":
             branch = Branch(shared, *self._records(STAGE_NAMES["supervised"]))
         trainer = Trainer(
-            method,
+            wrapped,
             lambda first, last: load(
-                config.data, inputs, self.loader, config.run.seed, first, last, self.device, self.report
+                data, inputs, self.loader, config.run.seed, first, last, self.device, self.report
             ),
             self.evaluator.scores if self.domains.evaluation is not None else None,
             run=config.run,
@@ -231,17 +255,23 @@ class Session:
             stop=stop,
             config=self.resolved,
             device=self.device,
+            guard=config.guard,
+            meta=self._meta(),
+            report=self.say,
             console=self.console,
             branch=branch,
             advice=self._advice(),
+            ranks=self.ranks,
+            at=self.at,
         )
         continues = self.resume or (shared > 0 and name == "supervised")
         with contextlib.closing(log), contextlib.closing(branch.log) if branch else contextlib.nullcontext():
             if not (continues and trainer.resume()):
                 log.truncate(0)
             scores = trainer.fit()
-        self.evaluator.predict_shown(method.student, self.folder / "samples" / stage)
-        save_model(self.folder / "models" / stage if several else self.folder, method.student, self._meta())
+        self.at(f"shipping the model of {stage}")
+        student = wrapped.student()
+        self.ranks.on_first(lambda: self._ship(student, stage))
         return {
             "name": stage,
             "target_miou": scores.miou if scores else None,
@@ -251,6 +281,12 @@ class Session:
             "seed": config.run.seed,
             "skipped_steps": int(trainer.guard.skipped),
         }
+
+    def _ship(self, student: Segmentor, stage: str) -> None:
+        """A stage's predictions for the report, and its model."""
+        self.evaluator.predict_shown(student, self.folder / "samples" / stage)
+        several = len(self.config.stages()) > 1
+        save_model(self.folder / "models" / stage if several else self.folder, student, self._meta())
 
     def _advice(self) -> Advice:
         """What makes this run's loader faster, for the warning that a stage waits for it."""
@@ -284,8 +320,15 @@ class Session:
         several, run = len(self.config.stages()) > 1, self.config.run
         checkpoints = self.folder / "checkpoints"
         file = f"metrics-{stage}.jsonl" if several else "metrics.jsonl"
-        store = CheckpointStore(checkpoints / stage if several else checkpoints, run.keep)
-        return store, MetricLog(self.folder, stage, run.log_every, file=file)
+        store = CheckpointStore(
+            checkpoints / stage if several else checkpoints,
+            run.keep,
+            background=True,
+            report=self.say,
+            ranks=self.ranks,
+            on_error=run.on_save_error,
+        )
+        return store, MetricLog(self.folder, stage, run.log_every, self.say, file, self.ranks)
 
     def _meta(self) -> dict[str, Any]:
         """What the shipped model's config.json says beside the network."""
@@ -297,34 +340,7 @@ class Session:
         }
 
     def _write_head(self, command: list[str]) -> None:
-        """config.yaml and environment.json, before anything long begins."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", yaml.safe_dump(self.resolved, sort_keys=False))
-            facts = {**environment(), "preset": self.preset, "command": shlex.join(command)}
-            write_text(self.folder / "environment.json", json.dumps(facts, indent=1))
-        except OSError as error:
-            raise UserError(
-                f"--run.dir {self.folder} cannot be written ({error.strerror}): give a folder that you may write to"
-            ) from error
-
-    def _check_stores(self) -> None:
-        """Remember what made the stores that the run reads.
-
-        Raises:
-            UserError: a resumed run's are others than it began with, so that it would not go on as it began.
-        """
-        file, now = self.folder / "stores.json", self.domains.recipes()
-        if not (self.resume and file.is_file()):
-            write_text(file, json.dumps(now, indent=1))
-            return
-        began: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-        for option in sorted(began.keys() | now.keys()):
-            if began.get(option) != now.get(option):
-                raise UserError(
-                    f"--{option}: the run in {self.folder} began with {began.get(option, 'the original files')}, and "
-                    f"now there is {now.get(option, 'none')}; make the store as it was, or start in a new run directory"
-                )
+        self.ranks.on_first(lambda: write_head(self.folder, self.resolved, self.preset, command, self.ranks.world))
 
     def _read_summary(self) -> dict[str, Any]:
         path = self.folder / "summary.json"
@@ -342,6 +358,10 @@ class Session:
         }
 
 
+def _nothing(line: str) -> None:
+    """Where the lines of the other ranks go: they are those of rank 0."""
+
+
 def _stages_process(config: TrainConfig, preset: str, resume: bool, names: list[str]) -> list[dict[str, Any]]:
     """What a process of a side-by-side run does: stages one after another, with plain lines instead of a bar."""
     with StopSignal() as stop:
@@ -354,21 +374,3 @@ def _protocol(classes: ClassSet, preset: str) -> str:
     """The published protocol of a benchmark preset, else all classes."""
     fitting = fitting_protocols(classes.names)
     return "synthia16" if preset == "synthia-cityscapes" and "synthia16" in fitting else fitting[0]
-
-
-def plain(value: Any) -> Any:
-    """Dataclass dictionaries as JSON and YAML know them: tuples become lists, NaN becomes None."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and value != value:
-        return None
-    return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: a reader, or a run that was killed, never sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

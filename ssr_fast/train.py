@@ -1,12 +1,18 @@
 """Train: `python -m ssr_fast.train [PRESET] [--config FILE.yaml] [--section.option value] [--resume [DIR]]`."""
 
 import gc
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ssr_fast.commandline import DONE, STOPPED, run
 from ssr_fast.engine import fork_server
+
+if TYPE_CHECKING:
+    from ssr_fast.config import TrainConfig
+    from ssr_fast.engine.ranks import Ranks
 
 COMPARISONS = ("demo", "camvid-day-dusk")
 """Presets with several stages; known here so that nothing slow need be imported to ask."""
@@ -18,6 +24,8 @@ def several_processes_likely(argv: Sequence[str]) -> bool:
     options = {word.partition("=")[0] for word in argv if word.startswith("-")}
     if options & {"--help", "-h", "--print_config", "--config", "--run.device"} or _GPU.exists():
         return False
+    if "WORLD_SIZE" in os.environ:
+        return False
     preset = argv[0] if argv and not argv[0].startswith("-") else "demo"
     return "--run.stages" in options or (preset in COMPARISONS and "--method.name" not in options)
 
@@ -28,26 +36,39 @@ def main(argv: list[str]) -> int:
     # a quarter of them would be searches for garbage among objects that stay
     gc.disable()
     from ssr_fast.arguments import configure
-    from ssr_fast.engine.trainer import Stopped
-    from ssr_fast.session import Session
+    from ssr_fast.engine.together import together
 
     gc.freeze()
     gc.enable()
     config, preset, resume = configure(argv)
-    session = Session(config, preset, resume, ["python", "-m", "ssr_fast.train", *argv])
-    print(
-        f"{preset}: {', '.join(config.stages())} on {session.device} in {session.precision}, writing {session.folder}"
+    return together(
+        config.run, config.parallel, lambda ranks, at: _train(config, preset, resume, argv, ranks, at)
     )
+
+
+def _train(
+    config: "TrainConfig", preset: str, resume: bool, argv: list[str], ranks: "Ranks", at: "Callable[[str], None]"
+) -> int:
+    """What one of the processes does; the exit code. Rank 0 says what there is to say."""
+    from ssr_fast.engine.trainer import Stopped
+    from ssr_fast.session import Session
+
+    session = Session(config, preset, resume, ["python", "-m", "ssr_fast.train", *argv], ranks=ranks, at=at)
+    several = f" x {ranks.world} processes ({config.parallel.picked(ranks.world)})" if ranks.world > 1 else ""
+    stages = ", ".join(config.stages())
+    session.say(f"{preset}: {stages} on {session.device}{several} in {session.precision}, writing {session.folder}")
     try:
         summary = session.train()
     except Stopped as stopped:
         name, step = stopped.args
-        print(f"stopped by {name}: saved after step {step}; continue with --resume {session.folder}", file=sys.stderr)
+        if ranks.first:
+            resume_with = f"continue with --resume {session.folder}"
+            print(f"stopped by {name}: saved after step {step}; {resume_with}", file=sys.stderr)
         return STOPPED
     for row in summary["stages"]:
         score = "trained" if row["target_miou"] is None else f"target mIoU {row['target_miou']:5.1f}"
-        print(f"{row['name']:>14}: {score}  ({row['seconds']:.0f} s)")
-    print(f"report: {session.folder / 'report.html'}")
+        session.say(f"{row['name']:>14}: {score}  ({row['seconds']:.0f} s)")
+    session.say(f"report: {session.folder / 'report.html'}")
     return DONE
 
 

@@ -52,6 +52,20 @@ class Batch:
         """The batch with every tensor changed."""
         return replace(self, **{name: change(part) for name, part in self.parts().items()})
 
+    def split(self, count: int) -> list["Batch"]:
+        """The batch as `count` equal ones, in order.
+
+        Raises:
+            ValueError: its images cannot be shared evenly.
+        """
+        if count == 1:
+            return [self]
+        images = len(self.target_image)
+        if images % count:
+            raise ValueError(f"a batch of {images} images a domain cannot be split into {count} equal ones")
+        shares = {name: part.chunk(count) if len(part) else [part] * count for name, part in self.parts().items()}
+        return [replace(self, **{name: parts[share] for name, parts in shares.items()}) for share in range(count)]
+
     def parts(self) -> dict[str, Tensor]:
         """The tensors that it has, by name."""
         parts = {part.name: getattr(self, part.name) for part in fields(self)}

@@ -102,13 +102,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a loader reads; arguments as of StepSamples."""
+    """What a loader reads, and for which of how many processes; arguments as of StepSamples."""
 
     source: Index | None
     target: Index
     segments: SegmentStore | ImageStore | None = None
     source_features: FeatureStore | Residents | None = None
     target_features: FeatureStore | Residents | None = None
+    rank: int = 0
+    world: int = 1
 
 
 @dataclass(frozen=True)

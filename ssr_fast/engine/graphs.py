@@ -15,7 +15,6 @@ from ssr_fast.engine.step import TrainStep
 
 WARM_UP = 3
 """Eager steps before the capture: they compile kernels, choose algorithms and let libraries allocate what they keep."""
-MODES = ("auto", "off")
 
 Terms = dict[str, Tensor]
 Capture = Callable[[Callable[[], Terms]], tuple[Callable[[], None], Terms]]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ssr_fast.engine.ranks import Ranks
 from ssr_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 FILE = "metrics.jsonl"
 IMAGES = "images"
 WAITED = "waited"
+_WINDOW = 64  # most names that are averaged
 _SUMMED = (IMAGES, WAITED)  # over the clock's time; they have no column of their own
 
 
@@ -33,16 +35,25 @@ class MetricLog:
         window: steps in one row.
         report: gets one line when rows had to be dropped.
         file: name of the file; stages that are trained at the same time have one each.
+        ranks: the processes that train together. Rows hold the means over them, images of all, and the waiting of the
+            one that waited longest; rank 0 writes them. The methods that take in or give numbers need every rank.
     """
 
     def __init__(
-        self, run_dir: Path, stage: str, window: int, report: Callable[[str], None] = print, file: str = FILE
+        self,
+        run_dir: Path,
+        stage: str,
+        window: int,
+        report: Callable[[str], None] = print,
+        file: str = FILE,
+        ranks: Ranks | None = None,
     ) -> None:
         if window < 1:
             raise ValueError(f"window must be at least 1, not {window}")
         self._path = run_dir / file
         self._board_folder = run_dir / "tensorboard" / stage
         self._stage, self._window, self._report = stage, window, report
+        self._ranks = ranks or Ranks()
         self._stream: Any = None
         self._board: SummaryWriter | None = None
         self._purge_step: int | None = None
@@ -71,6 +82,8 @@ class MetricLog:
             UserError: the row cannot be written.
         """
         self._check_names(values)
+        if len(self._means) > _WINDOW:
+            raise ValueError(f"{len(self._means)} metrics are averaged, and there is room for {_WINDOW}")
         if self._means:
             stacked = torch.stack([_scalar(values[name]) for name in self._means])
             if self._sums is None:
@@ -84,9 +97,10 @@ class MetricLog:
         row = {"stage": self._stage, "step": step, "time": time.time(), **self._read(values)}
         seconds = time.perf_counter() - self._clock
         if IMAGES in values:
-            row["images_per_second"] = _finite(self._images / seconds) if self._images else None
+            images = self._images * self._ranks.world
+            row["images_per_second"] = _finite(images / seconds) if images else None
         if WAITED in values:
-            row["data_share"] = _finite(self._waited / seconds)
+            row["data_share"] = _finite(self._longest_wait() / seconds)
         if self._sums is not None:
             self._sums.zero_()
         self._count = 0
@@ -122,6 +136,8 @@ class MetricLog:
 
         Rows of other stages stay; a torn line, which a kill can leave at the end, goes, and is reported.
         """
+        if not self._ranks.first:
+            return
         self.close()
         self._purge_step = step + 1
         if not self._path.exists():
@@ -143,14 +159,24 @@ class MetricLog:
             raise self._unwritable(error) from error
 
     def state_dict(self) -> dict[str, Any]:
-        """The unfinished window as JSON values, exact to the bit; reads the device once."""
-        sums = [] if self._sums is None else self._sums.tolist()
+        """The unfinished window as JSON values, exact to the bit; reads the device once. Means over the ranks."""
+        sums = [] if self._sums is None else self._over_ranks(self._sums).tolist()
         return {"means": list(self._means), "sums": [value.hex() for value in sums], "count": self._count}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues the window of `state_dict`; the sums move to the device with the next step."""
+    def window(self) -> Tensor:
+        """This rank's own sums in the unfinished window, float64 [64], unused ones 0: for a resume that is exact."""
+        sums = torch.zeros(_WINDOW, dtype=torch.float64)
+        if self._sums is not None:
+            sums[: len(self._sums)] = self._sums.cpu()
+        return sums
+
+    def load_state_dict(self, state: Mapping[str, Any], window: Tensor | None = None) -> None:
+        """Continues the window of `state_dict`, with this rank's own sums of then, `window`, if there are any (not all
+        0); the sums move to the device with the next step."""
         self._means = tuple(state["means"])
         sums = [float.fromhex(text) for text in state["sums"]]
+        if window is not None and window.any():
+            sums = window[: len(sums)].tolist()
         self._sums = torch.tensor(sums, dtype=torch.float64) if sums else None
         self._count = state["count"]
         self._names = None
@@ -198,7 +224,7 @@ class MetricLog:
         assert self._names is not None
         counters = [name for name in self._names if name not in self._means and isinstance(values[name], Tensor)]
         last = [_scalar(values[name]) for name in counters]
-        parts = ([self._sums] if self._sums is not None else []) + ([torch.stack(last)] if last else [])
+        parts = ([self._over_ranks(self._sums)] if self._sums is not None else []) + ([torch.stack(last)] if last else [])
         numbers = torch.cat(parts).tolist() if parts else []
         means = [number / self._count for number in numbers[: len(self._means)]]
         found: dict[str, Any] = dict(zip(self._means, means, strict=True))
@@ -206,7 +232,25 @@ class MetricLog:
         found.update({name: value for name, value in values.items() if name not in found and name not in _SUMMED})
         return {name: _finite(found[name]) for name in self._names if name not in _SUMMED}
 
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """Their means over the ranks."""
+        if self._ranks.world == 1:
+            return sums
+        means = sums.clone()
+        self._ranks.mean_(means)
+        return means
+
+    def _longest_wait(self) -> float:
+        if self._ranks.world == 1:
+            return self._waited
+        device = self._sums.device if self._sums is not None else None
+        longest = torch.tensor(self._waited, dtype=torch.float64, device=device)
+        self._ranks.max_(longest)
+        return float(longest)
+
     def _write(self, row: dict[str, Any]) -> None:
+        if not self._ranks.first:
+            return
         try:
             if self._stream is None:
                 self._open()

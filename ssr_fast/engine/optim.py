@@ -41,6 +41,9 @@ class OptimConfig:
     """Step at which the linear decay reaches 0; unset: the run's number of steps."""
     clip_norm: float = 0.0
     """Largest total norm of the gradient, beyond which it is scaled down; 0 = no clipping."""
+    accumulate: int = 1
+    """Micro-batches of --data.batch_size in one step of one process. Each is a batch of its own to BatchNorm and to
+    the share of confident pseudo-labels, as it would be on another process; their gradients are averaged."""
     fused: str = "torch"
     """Whose fused AdamW: torch's, or apex for FusedAdam of NVIDIA Apex, which must be built from source. Checkpoints of
     one can be resumed with the other."""
@@ -58,6 +61,7 @@ class OptimConfig:
             ("warmup_ratio", self.warmup_ratio, 0 <= self.warmup_ratio <= 1, "lie in [0, 1]"),
             ("decay_steps", decay, decay is None or decay > 0, "be > 0, or unset for the run's number of steps"),
             ("clip_norm", self.clip_norm, 0 <= self.clip_norm < math.inf, "be >= 0 (0 = no clipping)"),
+            ("accumulate", self.accumulate, self.accumulate >= 1, "be at least 1"),
             ("fused", self.fused, self.fused in FUSED, f"be one of {', '.join(FUSED)}"),
         ]
         found = [f"--{where}.{name} must {rule} (it is {value})" for name, value, legal, rule in rules if not legal]

@@ -35,9 +35,13 @@ def computed_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
-def apply_precision(method: Method, name: str) -> None:
-    """Make a method on its device compute in a precision that pick_precision has given."""
+def apply_precision(method: Method, name: str, copies: bool = True) -> None:
+    """Make a method on its device compute in a precision that pick_precision has given.
+
+    Args:
+        copies: on working copies of the trained nets; else whoever shards these sees to their types.
+    """
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name == "tf32"
     if name == "bf16":
-        method.compute_in(torch.bfloat16)
+        method.compute_in(torch.bfloat16, copies)

@@ -55,9 +55,21 @@ class Ranks:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise self.common(outcome[1])
         result: T = outcome[0]
         return result
+
+    def first_then_others(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0, and then on the others, which find the files that it has made."""
+        made: list[T] = []
+        self.on_first(lambda: made.append(action()))
+        return made[0] if made else action()
+
+    def common(self, error: Exception) -> Exception:
+        """An error that every rank raises at this place; marked, so that only rank 0 tells it."""
+        if not self.first:
+            error.told_elsewhere = True  # type: ignore[attr-defined]
+        return error
 
     def mean_(self, values: Tensor) -> None:
         """Replace a tensor by its mean over the ranks, on its device and without waiting for it."""
@@ -91,16 +103,25 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join(device_type: str) -> Ranks:
+def first() -> bool:
+    """Whether this process speaks for its machine before the processes have met."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def join(device_type: str, group: bool = False) -> Ranks:
     """Meet the other processes that torchrun has started, by the variables that it sets; alone without it.
 
     Args:
         device_type: "cuda" (they talk by NCCL, each with the GPU of its local rank) or "cpu" (gloo).
+        group: make a process group for a process alone too, as DistributedDataParallel and fully_shard need one.
 
     Raises:
         UserError: a variable is missing, or there are more processes on this machine than GPUs.
     """
     if launched() == 1:
+        if group:
+            backend = "nccl" if device_type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return Ranks()
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:

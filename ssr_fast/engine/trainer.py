@@ -1,5 +1,5 @@
-"""The training loop of one stage in one process: batch -> loss -> backward -> guarded step -> metrics, and around it
-evaluation, checkpoints, resume and a clean stop."""
+"""The training loop of one stage: batch -> loss -> backward -> guarded step -> metrics, and around it evaluation,
+checkpoints, resume and a clean stop, at the same step on every rank."""
 
 import contextlib
 import time
@@ -15,79 +15,21 @@ from ssr_fast.data.advice import Advice
 from ssr_fast.data.batch import Batch
 from ssr_fast.data.workers import LoaderDied
 from ssr_fast.engine import graphs
-from ssr_fast.engine.attention import ATTENTIONS
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.compiling import CompiledStep, RunStep
 from ssr_fast.engine.data_clock import DataClock
-from ssr_fast.engine.guard import StopSignal
+from ssr_fast.engine.guard import GuardConfig, StopSignal
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig, optimizer_state
-from ssr_fast.engine.precision import PRECISIONS
+from ssr_fast.engine.parallel import Wrapped
 from ssr_fast.engine.progress import Progress
+from ssr_fast.engine.ranks import Ranks
+from ssr_fast.engine.run_config import RunConfig
+from ssr_fast.engine.state import OPTIONAL, compare, rng_state, set_rng_state
 from ssr_fast.engine.step import TrainStep
+from ssr_fast.engine.vote import Vote
 from ssr_fast.errors import UserError
 from ssr_fast.methods.method import Method
-
-
-@dataclass(kw_only=True)
-class RunConfig:
-    """The run; the options `--run.*`."""
-
-    dir: str = ""
-    """Folder of everything that the run writes; unset: runs/<preset>, numbered if it exists."""
-    steps: int = 40000
-    """Optimiser steps of a stage."""
-    seed: int = 0
-    """Seed of the initial weights, the samples and all augmentation."""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    precision: str = "auto"
-    """bf16 (copies of the weights and activations; weights, losses and statistics stay float32), tf32 (a GPU's), fp32,
-    or auto: bf16 on a GPU that has it, else fp32."""
-    compile_blocks: bool = False
-    """torch.compile of every block and head: fewer, larger kernels, for minutes of compilation at the first steps."""
-    graph: str = "auto"
-    """auto (on a GPU a step is captured in a CUDA graph; where that fails a line says why) or off (every kernel is
-    launched by itself: for debugging and profiles)."""
-    attention: str = "sdpa"
-    """The MiT's attention in a step: sdpa (PyTorch's own) or xformers (memory_efficient_attention, on a GPU)."""
-    recompute_blocks: bool = False
-    """Keep of each block of the student its input alone, and compute the rest again in the backward pass: for crops
-    that would not fit into the GPU's memory. Counted at 1024 with MiT-B5: 67 % fewer bytes, 16 % more arithmetic."""
-    stages: tuple[str, ...] | None = None
-    """Methods to train one after another from the same start, to compare them; null: only method.name."""
-    log_every: int = 50
-    """Steps in one row of the metrics; the device is read once for each."""
-    evaluate_every: int = 4000
-    """Steps between evaluations on the target, where it has labels; the last step is always evaluated."""
-    save_every: int = 4000
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
-    """Checkpoints to keep."""
-    samples: int = 4
-    """Evaluation images (without any: target images) shown in the report."""
-
-    def problems(self, where: str) -> list[str]:
-        """Sentences about illegal values; empty if all is well."""
-        found = []
-        for name in ("steps", "log_every", "evaluate_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                found.append(f"--{where}.{name} must be at least 1 (it is {getattr(self, name)})")
-        for name in ("seed", "samples"):
-            if getattr(self, name) < 0:
-                found.append(f"--{where}.{name} must not be negative (it is {getattr(self, name)})")
-        if self.precision not in PRECISIONS:
-            found.append(f"--{where}.precision must be one of {', '.join(PRECISIONS)} (it is {self.precision})")
-        if self.graph not in graphs.MODES:
-            found.append(f"--{where}.graph must be {' or '.join(graphs.MODES)} (it is {self.graph})")
-        if self.attention not in ATTENTIONS:
-            found.append(f"--{where}.attention must be one of {', '.join(ATTENTIONS)} (it is {self.attention})")
-        kind = self.device.partition(":")[0]
-        if kind not in ("auto", "cpu", "cuda"):
-            found.append(f"--{where}.device must be auto, cpu, cuda or cuda:N (it is {self.device})")
-        if kind == "cuda" and not torch.cuda.is_available():
-            found.append(f"--{where}.device {self.device} asks for a GPU and PyTorch finds none: use auto or cpu")
-        return found
 
 
 class Evaluation(Protocol):
@@ -97,6 +39,10 @@ class Evaluation(Protocol):
     def miou(self) -> float: ...
     @property
     def per_class(self) -> dict[str, float]: ...
+
+
+IGNORED = ("run.dir",)
+"""Options whose change between a checkpoint and the run that continues it need not be told."""
 
 
 @dataclass(frozen=True)
@@ -113,35 +59,36 @@ class Stopped(Exception):
     """The run was asked to stop and has saved; args: the signal's name and the number of finished steps."""
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of an option's value: "auto" is the first GPU if there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+class _StopHere(Exception):
+    """All ranks have agreed to stop, in the middle of an evaluation; args: the signal's name."""
 
 
 class Trainer:
     """Trains one method.
 
     Args:
-        method: the nets and their loss, on `device`.
-        load: (first step, last step) -> batches of the steps in between, on the host; closed if it can be.
-        evaluate: student -> scores on the target; None without labelled target images.
-        run, optim: the options.
+        method: the nets and their loss, on `device`; or as `wrap` has given it.
+        load: (first step, last step) -> batches of the steps in between, on the host; closed if it can be. A batch holds
+            all micro-batches of this rank's step.
+        evaluate: (student, called after each image) -> scores on the target; None without labelled target images.
+        run, optim, guard: the options.
         store: checkpoints of this stage.
         log: metrics of this stage.
         stop: the flag that a signal sets.
         config: the run's resolved configuration, for the checkpoints' manifests.
+        meta: what the shipped model's config.json will say, for the same.
         report, console: where one-line messages and the progress go.
         branch: a supervised stage that is given its checkpoint and metrics on the way.
         advice: what makes loading faster, for the warning that training waits for it.
+        ranks: the processes that train together.
+        at: told what the main thread is about to do, for the watch.
     """
 
     def __init__(
         self,
-        method: Method,
+        method: Method | Wrapped,
         load: Callable[[int, int], Iterator[Batch]],
-        evaluate: Callable[[nn.Module], Evaluation] | None,
+        evaluate: Callable[[nn.Module, Callable[[], None]], Evaluation] | None,
         *,
         run: RunConfig,
         optim: OptimConfig,
@@ -150,23 +97,28 @@ class Trainer:
         stop: StopSignal,
         config: dict[str, Any],
         device: torch.device,
+        guard: GuardConfig | None = None,
+        meta: dict[str, Any] | None = None,
         report: Callable[[str], None] = print,
         console: Console | None = None,
         branch: Branch | None = None,
         advice: Advice | None = None,
+        ranks: Ranks | None = None,
+        at: Callable[[str], None] = lambda place: None,
     ) -> None:
-        self.method, self.load, self.evaluate = method, load, evaluate
-        self.run, self.optim, self.store, self.log, self.stop, self.config = run, optim, store, log, stop, config
+        self.load, self.evaluate, self.ranks, self.at = load, evaluate, ranks or Ranks(), at
+        self.run, self.optim, self.store, self.log, self.config, self.meta = run, optim, store, log, config, meta
         self.device, self.report, self.console, self.branch = device, report, console, branch
-        self.advice = advice or Advice()
-        self.step = TrainStep(method, optim, run.steps)
+        self.advice, self.guarded, self.vote = advice or Advice(), guard or GuardConfig(), Vote(stop, self.ranks)
+        self.step = TrainStep(method, optim, run.steps, guard, self.ranks)
+        self.wrapped, self.method = self.step.wrapped, self.step.method
         self.optimizer, self.guard = self.step.optimizer, self.step.guard
         self._run_step: RunStep = self.step
         if device.type == "cuda" and run.graph == "auto":
             self._run_step = graphs.on_cuda(self.step, device, report)
         if run.compile_blocks:
             self._run_step = CompiledStep(self._run_step, report)
-        self.done = self._saved = 0
+        self.done = self._saved = self._evaluated = 0
         self.scores: Evaluation | None = None
         self.seconds = 0.0
 
@@ -176,14 +128,12 @@ class Trainer:
         if path is None:
             return False
         state = self._state()
-        self.store.load(path, state)
-        self.done, self.seconds = int(state["progress"]["step"]), float(state["progress"]["seconds"])
-        self._saved = self.done
-        self.guard.skipped.fill_(int(state["progress"]["skipped"]))
-        self.method.refresh()
-        self.log.load_state_dict(state["log"])
-        self.log.truncate(self.done)
+        state["progress"]["evaluated"] = None
+        restored = self.store.load(path, state, (*OPTIONAL, "window"))
+        self._take(state)
         self.report(f"resumed {self.method.stage_name} after step {self.done} from {path}")
+        for change in compare(restored.config, self.config, IGNORED):
+            self.report(f"changed since that checkpoint: {change}")
         return True
 
     def fit(self) -> Evaluation | None:
@@ -191,15 +141,18 @@ class Trainer:
 
         Raises:
             Stopped: a signal asked for it; a checkpoint of the finished steps has been written.
-            UserError: a sample cannot be read; the loss was not finite in a whole window of steps; or a process of
-                the loader died, and the finished steps have been saved.
+            UserError: a sample cannot be read; steps were skipped too often; a checkpoint could not be written; or a
+                process of the loader died, and the finished steps have been saved.
         """
         try:
             self._train()
         except LoaderDied as death:  # between two steps; the loader is closed, so its memory is free for saving
             raise self._end_of_loader(death) from None
-        if self.scores is None:  # resumed after the last step
-            self._evaluate()
+        finally:
+            self.vote.close()
+        if self.scores is None and self.evaluate is not None:  # resumed after the last step, whose scores are logged
+            self.scores = self.evaluate(self.wrapped.student(), lambda: None)
+        self.store.wait()
         return self.scores
 
     def _train(self) -> None:
@@ -209,7 +162,11 @@ class Trainer:
             contextlib.closing(DataClock(self.load(self.done, self.run.steps), self.advice, self.report)) as batches,
         ):
             self.log.restart_clock()
+            if self._evaluated < self.done:
+                self._between_steps()  # where a stop came in the evaluation
+            self.at(f"reading the batch of step {self.done + 1}")
             for step, batch in enumerate(batches, self.done):
+                self.at(f"step {step + 1}")
                 terms = self.train_step(self.method.prepare(batch).to(self.device), step)
                 self.done = step + 1
                 images = batch.source_image.shape[0] + batch.target_image.shape[0]
@@ -217,38 +174,75 @@ class Trainer:
                 row = self.log.add(self.done, {**terms, **times})
                 progress.update(self.done, row)
                 batches.judge(row)
-                if row is not None and row["skipped"] >= self.done and self.done >= 2:
-                    raise UserError(_never_finite(self.done, self.optim.lr))
+                if row is not None:
+                    self._judge(row)
                 self.seconds = time.perf_counter() - started
-                last = self.done == self.run.steps
-                if last or self.done % self.run.evaluate_every == 0:
-                    self._evaluate()
-                if self.branch is not None and self.done == self.branch.step:
-                    self._save_branch(self.branch)
-                if last or self.done % self.run.save_every == 0 or self.stop.requested:
-                    self.save()
-                if self.stop.requested and not last:
-                    raise Stopped(self.stop.requested, self.done)
+                self._between_steps()
+                self.at(f"reading the batch of step {self.done + 1}")
+
+    def _between_steps(self) -> None:
+        """Evaluation and checkpoint where they are due, and the stop that was asked for."""
+        last = self.done == self.run.steps
+        try:
+            if last or self.done % self.run.evaluate_every == 0:
+                self._evaluate()
+            self._evaluated = self.done
+            if self.branch is not None and self.done == self.branch.step:
+                self._save_branch(self.branch)
+            if last or self.done % self.run.save_every == 0:
+                self.save(final=last)
+            name = self.vote()
+        except _StopHere as stop:
+            name, last = stop.args[0], False
+        if name is not None and not last:
+            if self._saved != self.done:
+                self.save(final=True)
+            self.store.wait()
+            raise Stopped(name, self.done)
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One optimiser step on a batch on the device; returns the terms for the log, still on the device."""
         return self._run_step(batch, step)
 
-    def save(self) -> None:
-        """Write a checkpoint of the finished steps."""
+    def save(self, final: bool = False) -> None:
+        """Write a checkpoint of the finished steps; a final one must succeed, whatever the options."""
+        self.at(f"saving step {self.done}")
         score = self.scores.miou if self.scores is not None else None
-        self.store.save(self.done, self._state(), config=self.config, score=score)
+        self.store.save(
+            self.done, self._state(), config=self.config, meta=self.meta, score=score, final=final
+        )
         self._saved = self.done
         self.log.restart_clock()
+
+    def _judge(self, row: dict[str, Any]) -> None:
+        """End a run whose steps are skipped again and again; the same on every rank."""
+        if row["skipped"] >= self.done and self.done >= 2:
+            raise UserError(
+                f"the gradient was not finite in any of the first {self.done} steps: lower --optim.lr (it is "
+                f"{self.optim.lr})"
+            )
+        if 0 < self.guarded.abort_after <= row["skipped_in_row"]:
+            good = self.store.latest()
+            follow = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            raise UserError(
+                f"{row['skipped_in_row']} steps in a row were skipped (--guard.abort_after {self.guarded.abort_after}),"
+                f" up to step {self.done}, because their loss or gradient was not finite or a spike: {follow}; lower "
+                f"--optim.lr (it is {self.optim.lr}) or look at the data, then continue with --resume {self.run.dir}"
+            )
 
     def _end_of_loader(self, death: LoaderDied) -> UserError:
         """Saves what no checkpoint holds yet; the sentence that ends the run."""
         resume, saved = f"--resume {self.run.dir}", self._saved
         if self.done == 0:
             return UserError(f"{death.what}; no step was done yet: {death.cure}, then start again with {resume}")
+        if self.ranks.world > 1:  # the others have begun the next step, and a checkpoint needs them
+            return UserError(
+                f"{death.what}: {death.cure}, then continue with {resume}, which starts from the last checkpoint "
+                f"(step {saved})"
+            )
         try:
             if saved != self.done:
-                self.save()
+                self.save(final=True)
             self.store.wait()
         except (UserError, OSError) as error:
             return UserError(
@@ -263,24 +257,49 @@ class Trainer:
         state = self._state()
         state["nets"] = {"student": state["nets"]["student"]}
         state["log"] = branch.log.state_dict()
-        branch.store.save(self.done, state, config=self.config)
+        if "window" in state:
+            state["window"] = {str(self.ranks.rank): branch.log.window()}
+        branch.store.save(self.done, state, config=self.config, meta=self.meta, final=True)
+        branch.store.wait()
         self.log.restart_clock()
 
     def _evaluate(self) -> None:
+        """Scores of the student; every rank judges its share of the images.
+
+        Raises:
+            _StopHere: a stop was agreed on meanwhile; nothing has been written.
+        """
         if self.evaluate is None:
             return
-        self.scores = self.evaluate(self.method.student)
+        self.at(f"evaluation after step {self.done}")
+        self.scores = self.evaluate(self.wrapped.student(), self._after_image)
         self.log.evaluation(self.done, self.scores.miou, self.scores.per_class)
+
+    def _after_image(self) -> None:
+        name = self.vote()
+        if name is not None:
+            raise _StopHere(name)
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds; loading writes into these very tensors."""
+        rank, several = str(self.ranks.rank), self.ranks.world > 1
         return {
             "nets": {name: net.state_dict() for name, net in self.method.saved().items()},
             "optimizer": optimizer_state(self.optimizer),
+            "guard": self.guard.state(),
             "log": self.log.state_dict(),
-            "progress": {"step": self.done, "seconds": self.seconds, "skipped": int(self.guard.skipped)},
+            "progress": {"step": self.done, "seconds": self.seconds, "evaluated": self._evaluated},
+            "rng": {rank: rng_state(self.device)},
+            **({"window": {rank: self.log.window()}} if several else {}),
         }
 
-
-def _never_finite(steps: int, lr: float) -> str:
-    return f"the gradient was not finite in any of the first {steps} steps: lower --optim.lr (it is {lr})"
+    def _take(self, state: dict[str, Any]) -> None:
+        """Go on from a state whose tensors have been loaded in place."""
+        rank, progress = str(self.ranks.rank), state["progress"]
+        self.done, self.seconds = int(progress["step"]), float(progress["seconds"])
+        self._evaluated = self.done if progress["evaluated"] is None else int(progress["evaluated"])
+        self._saved = self.done
+        set_rng_state(state["rng"][rank], self.device)
+        self.method.refresh()
+        self.log.load_state_dict(state["log"], state.get("window", {}).get(rank))
+        self.log.truncate(self.done)

@@ -73,8 +73,9 @@ class Method(nn.Module):
     """Base of the methods, and itself the supervised one (source only).
 
     Everything random in `losses` is a function of (seed, step, rank), nothing waits for the device and no shape
-    depends on data, so that a step repeats bit for bit. It has two parts: `begin` writes what depends on the step's
-    number into tensors, `compute` reads them there, so that one graph of `compute` serves many steps.
+    depends on data, so that a step repeats bit for bit. It has parts: `begin` does what depends on the step's number,
+    `draw` takes the key of a micro-batch from a tensor, `compute` reads it there, so that one graph of these two serves
+    many steps.
 
     Args:
         student: the network that is trained, evaluated and shipped.
@@ -96,14 +97,20 @@ class Method(nn.Module):
         self.register_buffer("class_weight", weights, persistent=False)
         self.register_buffer("key", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def compute_in(self, dtype: torch.dtype) -> None:
+    def compute_in(self, dtype: torch.dtype, copies: bool = True) -> None:
         """Run forward and backward passes in a lower precision, on copies that follow the nets; those stay float32.
 
         Args:
             dtype: of the copies' parameters and of the activations.
+            copies: make them; else the nets themselves compute in `dtype`, as sharded ones do.
         """
-        self.copies = nn.ModuleDict({name: WorkingCopy(net, dtype) for name, net in self.computed().items()})
+        if copies:
+            self.copies = nn.ModuleDict({name: WorkingCopy(net, dtype) for name, net in self.computed().items()})
         self.dtype = dtype
+
+    def average(self) -> nn.Module | None:
+        """The net that follows the student, where there is one."""
+        return None
 
     def computed(self) -> dict[str, nn.Module]:
         """The trained nets that the step runs, by the names that `running` takes."""
@@ -143,16 +150,22 @@ class Method(nn.Module):
         """Whether a method's own part (pseudo-labels, the contrast) runs in step; on it depends which operators do."""
         return True
 
+    def waits(self) -> bool:
+        """Whether a part that is trained gets no gradient before the method has begun."""
+        return False
+
     def begin(self, step: int) -> None:
-        """Prepare step (counted from 0), on the device and without waiting for it: the key of its random numbers, and
-        the student's stochastic layers' own."""
-        key = step_key(self.seed, step, self.rank)
-        self.key.fill_(key)
-        self.student.noise.key.fill_(counter.fold(key, 1))
+        """What is done once in step (counted from 0), on the device and without waiting for it."""
+
+    def draw(self, key: Tensor) -> None:
+        """Take the key (int64 scalar) of the random numbers of a micro-batch, for the stochastic layers too."""
+        self.key.copy_(key)
+        self.student.noise.key.copy_(counter.fold(key, 1))
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Loss terms of a step, scalars; "loss" is what is differentiated, the others are for the log."""
         self.begin(step)
+        self.draw(torch.tensor(step_key(self.seed, step, self.rank), device=self.key.device))
         return self.compute(batch, self.begun(step))
 
     def compute(self, batch: Batch, begun: bool) -> dict[str, Tensor]:

@@ -133,10 +133,14 @@ class SelfTraining(Method):
         self.teacher = Teacher(student, config.momentum)
         self.reference = reference.eval().requires_grad_(False) if reference is not None else None
 
-    def compute_in(self, dtype: torch.dtype) -> None:
+    def average(self) -> nn.Module:
+        """The teacher's."""
+        return self.teacher.net
+
+    def compute_in(self, dtype: torch.dtype, copies: bool = True) -> None:
         """The teacher and the frozen reference too."""
-        super().compute_in(dtype)
-        self.teacher.compute_in(dtype)
+        super().compute_in(dtype, copies)
+        self.teacher.compute_in(dtype, copies)
         if self.reference is not None:
             self.reference.to(dtype)
 

@@ -174,10 +174,14 @@ class SourceFree(Method):
         """The projection runs with the student."""
         return {**super().computed(), "projection": self.projection}
 
-    def compute_in(self, dtype: torch.dtype) -> None:
+    def average(self) -> nn.Module:
+        """The teacher's."""
+        return self.teacher.net
+
+    def compute_in(self, dtype: torch.dtype, copies: bool = True) -> None:
         """The teacher too."""
-        super().compute_in(dtype)
-        self.teacher.compute_in(dtype)
+        super().compute_in(dtype, copies)
+        self.teacher.compute_in(dtype, copies)
 
     def trainable(self) -> dict[str, nn.Module]:
         """The projection trains with the backbone's learning rate; without contrast there is none."""
@@ -191,6 +195,10 @@ class SourceFree(Method):
     def begun(self, step: int) -> bool:
         """Whether features are contrasted."""
         return self.config.contrast > 0 and step >= self.config.contrast_start
+
+    def waits(self) -> bool:
+        """The projection waits for the contrast."""
+        return self.config.contrast > 0 and self.config.contrast_start > 0
 
     def begin(self, step: int) -> None:
         """The average too."""

@@ -127,9 +127,9 @@ class Ssr(SelfTraining):
         """The regulariser runs with the student."""
         return {**super().computed(), "regulariser": self.regulariser}
 
-    def compute_in(self, dtype: torch.dtype) -> None:
+    def compute_in(self, dtype: torch.dtype, copies: bool = True) -> None:
         """The frozen encoder too."""
-        super().compute_in(dtype)
+        super().compute_in(dtype, copies)
         if self.encoder is not None:
             self.encoder.to(dtype)
 

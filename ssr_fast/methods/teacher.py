@@ -31,9 +31,9 @@ class Teacher(nn.Module):
             if isinstance(module, StochasticDepth | ChannelDropout):
                 module.disable()
 
-    def compute_in(self, dtype: torch.dtype) -> None:
-        """Run forward passes on a copy of lower precision; the average stays float32."""
-        self.copy, self.dtype = WorkingCopy(self.net, dtype), dtype
+    def compute_in(self, dtype: torch.dtype, copies: bool = True) -> None:
+        """Run forward passes on a copy of lower precision (see Method.compute_in); the average stays float32."""
+        self.copy, self.dtype = WorkingCopy(self.net, dtype) if copies else None, dtype
 
     def train(self, mode: bool = True) -> "Teacher":
         """The teacher is always in train mode: batch statistics are what it normalises by."""

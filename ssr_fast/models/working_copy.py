@@ -43,13 +43,19 @@ class WorkingCopy(nn.Module):
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Give the master the gradients, in its precision, and keep none."""
-        grads: list[Tensor] = []
-        raised: list[Tensor] = []
+        """Add the gradients to the master's, in its precision, and keep none."""
+        fresh: list[tuple[Tensor, Tensor]] = []
+        known: list[tuple[Tensor, Tensor]] = []
         for master, working in zip(self._masters, self._working, strict=True):
-            if working.grad is not None:
-                grads.append(working.grad)
-                raised.append(torch.empty_like(master))
-                master.grad, working.grad = raised[-1], None
-        if grads:
-            torch._foreach_copy_(raised, grads)
+            if working.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = torch.empty_like(master)
+                fresh.append((master.grad, working.grad))
+            else:
+                known.append((master.grad, working.grad))
+            working.grad = None
+        if fresh:
+            torch._foreach_copy_(*map(list, zip(*fresh, strict=True)))
+        if known:
+            torch._foreach_add_(*map(list, zip(*known, strict=True)))

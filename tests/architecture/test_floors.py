@@ -20,7 +20,7 @@ FLOORS = (
     ("engine",),
     ("config",),
     ("presets",),
-    ("options", "domains", "prepare_parts"),
+    ("options", "domains", "prepare_parts", "run_files"),
     ("session", "commandline"),
     ("arguments", "prepare_check", "prepare_features", "prepare_masks", "prepare_store"),
     ("train", "evaluate", "predict", "prepare", "export", "info"),

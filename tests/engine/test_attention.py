@@ -22,7 +22,7 @@ from ssr_fast.engine.attention import (
     xformers_problem,
 )
 from ssr_fast.engine.precision import apply_precision
-from ssr_fast.engine.trainer import RunConfig
+from ssr_fast.engine.run_config import RunConfig
 from ssr_fast.errors import UserError
 from ssr_fast.methods.ssr import SsrConfig
 from ssr_fast.models.mit import MIT, Attention, MixTransformer

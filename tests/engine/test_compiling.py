@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from ssr_fast.engine import compiling, wrapping
+from ssr_fast.engine import compiling, parallel
 from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.step import TrainStep
-from ssr_fast.engine.trainer import RunConfig
+from ssr_fast.engine.run_config import RunConfig
 from ssr_fast.errors import UserError
 from ssr_fast.eval.run import evaluating
 from ssr_fast.models.sam import SamConfig, build_sam
@@ -33,7 +33,7 @@ def fast(monkeypatch):
 
 def make_step(model=None, precision="fp32", **run):
     method = make_method("self_training", feature_distance=0.01, model=model)
-    wrapping.wrap(method, RunConfig(**run), precision)
+    parallel.wrap(method, RunConfig(**run), precision)
     return TrainStep(method, OptimConfig(lr=1e-3, warmup_steps=0), 10)
 
 
@@ -66,7 +66,7 @@ def test_the_frozen_encoders_blocks_too(precision, fast):
     for compiled in (False, True):
         method = make_method("ssr")
         method.encoder = copy.deepcopy(encoder)
-        wrapping.wrap(method, RunConfig(compile_blocks=compiled), precision)
+        parallel.wrap(method, RunConfig(compile_blocks=compiled), precision)
         torch._dynamo.utils.counters.clear()
         results.append(method.encoder(images))
     counters = torch._dynamo.utils.counters

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from ssr_fast.engine.precision import apply_precision, pick_precision
-from ssr_fast.engine.trainer import RunConfig, Trainer
+from ssr_fast.engine.run_config import RunConfig
+from ssr_fast.engine.trainer import Trainer
 from ssr_fast.errors import UserError
 from ssr_fast.methods.ssr import SsrConfig
 from ssr_fast.train import main

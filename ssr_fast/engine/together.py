@@ -1,0 +1,50 @@
+"""A run of one process or many from its beginning to its end: they meet, work, and fall or finish together."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from ssr_fast.engine.parallel import ParallelConfig
+from ssr_fast.engine.ranks import Ranks, join
+from ssr_fast.engine.run_config import RunConfig, pick_device
+from ssr_fast.engine.watch import Watch
+from ssr_fast.errors import UserError
+
+T = TypeVar("T")
+
+
+def together(run: RunConfig, parallel: ParallelConfig, work: Callable[[Ranks, Callable[[str], None]], T]) -> T:
+    """Meet the other processes, if there are any, and do the work under watch.
+
+    Args:
+        run, parallel: the run's options.
+        work: (ranks, told what the main thread is about to do) -> result.
+
+    Returns:
+        what `work` returned.
+
+    Raises:
+        UserError: a mistake of the user, or another process has died or failed; with the number of this rank in front,
+            and empty where another rank tells it.
+    """
+    ranks = join(pick_device(run.device).type, group=parallel.mode in ("ddp", "fsdp", "hsdp"))
+    with Watch(ranks, timeout=parallel.hang_timeout, resume=f"--resume {run.dir}") as watch:
+        try:
+            result = work(ranks, watch.at)
+        except Exception as error:
+            if getattr(error, "told_elsewhere", False):
+                raise UserError("") from error
+            other = watch.explain(error)
+            if other is not None:
+                raise other from error
+            watch.failed(_sentence(error))
+            if isinstance(error, UserError) and ranks.world > 1:
+                raise UserError("\n".join(f"rank {ranks.rank}: {line}" for line in str(error).splitlines())) from error
+            raise
+    ranks.close()
+    return result
+
+
+def _sentence(error: Exception) -> str:
+    """An error in a line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
