@@ -66,7 +66,7 @@ class CheckpointStore:
     """
 
     def __init__(
-        self, folder: Path, keep: int = 2, *, background: bool = False, report: Callable[[str], None] = print, ranks=None, on_error="stop"
+        self, folder: Path, keep: int = 2, *, background: bool = False, report: Callable[[str], None] = print
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
@@ -93,7 +93,6 @@ class CheckpointStore:
         config: dict[str, Any] | None = None,
         meta: dict[str, Any] | None = None,
         score: float | None = None,
-        final: bool = False,
     ) -> None:
         """Saves the state as `step-<step>`; an older checkpoint of that step is replaced when the new one is whole.
 

@@ -21,10 +21,14 @@ KINDS = 64
 RunStep = Callable[[Batch, int], dict[str, Tensor]]
 
 
-def compile_blocks(method: Method) -> None:
+def compile_blocks(method: Method, hooked: bool = False) -> None:
     """Let every block and head of a method be compiled when it is first run; after its precision is settled.
 
     The frozen encoder's too, if it is SAM's.
+
+    Args:
+        hooked: the modules get hooks later that cannot be compiled (those of fully_shard gather their parameters): of
+            blocks the forward pass alone is compiled, and heads, whose BatchNorms have such hooks, are not.
 
     Nothing falls back in silence: what cannot be compiled whole raises at that first run.
     """
@@ -33,7 +37,12 @@ def compile_blocks(method: Method) -> None:
     dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
     dynamo.fail_on_recompile_limit_hit = True
     for module in compiled_modules(method):
-        module.compile(fullgraph=True, dynamic=False)
+        if hooked and isinstance(module, tuple(HEADS.values())):
+            continue
+        if hooked:
+            module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)
+        else:
+            module.compile(fullgraph=True, dynamic=False)
 
 
 def compiled_modules(method: Method) -> Iterator[nn.Module]:

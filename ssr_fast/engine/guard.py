@@ -50,20 +50,6 @@ class StopSignal:
             self.requested = signal.Signals(number).name
 
 
-import dataclasses
-
-
-@dataclasses.dataclass(kw_only=True)
-class GuardConfig:
-    """guard"""
-
-    abort_after: int = 50
-
-    def problems(self, where: str) -> list[str]:
-        """none"""
-        return []
-
-
 class StepGuard:
     """Steps the optimiser, unless the gradient is not finite: then the step leaves no trace, decided on the device.
 
@@ -84,7 +70,7 @@ class StepGuard:
         ValueError: a group of the optimiser is not fused, so it would ignore `found_inf`.
     """
 
-    def __init__(self, optimizer: Optimizer, buffers: Sequence[Tensor], clip_norm: float = 0.0, shares=1, mean=None, config=None) -> None:
+    def __init__(self, optimizer: Optimizer, buffers: Sequence[Tensor], clip_norm: float = 0.0) -> None:
         if not all(group.get("fused") for group in optimizer.param_groups):
             raise ValueError("StepGuard needs an optimiser with fused=True: others ignore found_inf")
         self._optimizer = optimizer
@@ -99,10 +85,6 @@ class StepGuard:
         """1 when the last step was skipped, else 0."""
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         """Number of steps skipped so far."""
-        self.in_row = torch.zeros((), dtype=torch.int64, device=device)
-        self._mean = mean
-        self._shares = shares
-        self._sums = []
         self._scale = torch.ones((), dtype=torch.float32, device=device)
         optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
         optimizer.grad_scale = self._scale if clip_norm > 0 else None  # type: ignore[attr-defined]
@@ -113,16 +95,8 @@ class StepGuard:
             saved.copy_(buffer)
         self._armed = True
 
-    def state(self):
-        return {"skipped": self.skipped, "in_row": self.in_row}
-
-    def next_share(self):
-        self._sums.append([b.clone() for b in self._buffers])
-        for buffer, saved in zip(self._buffers, self._saved, strict=True):
-            buffer.copy_(saved)
-
     @torch.no_grad()
-    def step(self, loss=None) -> None:
+    def step(self) -> None:
         """One step of the optimiser with the gradients at hand, or none. The gradients are clipped in place.
 
         Raises:
@@ -131,13 +105,6 @@ class StepGuard:
         if not self._armed:
             raise RuntimeError("StepGuard.before_forward() must be called before the forward pass of each step")
         self._armed = False
-        self._sums.append([b.clone() for b in self._buffers])
-        for i, b in enumerate(self._buffers):
-            if b.is_floating_point():
-                b.copy_(torch.stack([x[i] for x in self._sums]).mean(0))
-                if self._mean:
-                    self._mean(b)
-        self._sums = []
         grads = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not grads:
             raise RuntimeError("StepGuard.step() found no gradient: call it after the backward pass")
@@ -148,7 +115,6 @@ class StepGuard:
         self.grad_norm.copy_(norm)
         self.found_inf.copy_(~finite)
         self.skipped.add_(~finite)
-        self.in_row.add_(1).mul_(~finite)
         if self._clip_norm > 0:
             self._scale.copy_(torch.where(finite, (norm / self._clip_norm).clamp(min=1.0), 1.0))
         self._optimizer.step()

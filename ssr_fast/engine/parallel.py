@@ -186,7 +186,7 @@ def wrap(
 
         synchronise_batchnorm(method, ranks)  # before compilation, which reads it
     if run.compile_blocks:
-        compile_blocks(method)  # what is compiled has its final types, and knows nothing of other processes
+        compile_blocks(method, hooked=sharded)  # what is compiled has its final types, and knows of no other process
     if mode == "single":
         return Wrapped(method)
     if mode == "ddp":
