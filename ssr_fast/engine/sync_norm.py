@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssr_fast.engine.ranks import Ranks
@@ -24,30 +25,34 @@ def synchronise_batchnorm(module: nn.Module, ranks: Ranks) -> int:
     """
     found = [part for part in module.modules() if isinstance(part, SplitBatchNorm2d)]
     if ranks.world > 1:
-        # a plain function: a deep copy of a net takes it over as it is, and does not copy a process group
-        def mean(values: Tensor) -> Tensor:
-            out: Tensor = _Mean.apply(values, ranks)
-            return out
-
         for norm in found:
-            norm.over_ranks = OverRanks(mean, ranks.world)
+            norm.over_ranks = OverRanks(mean_over_ranks, ranks.world)
     return len(found)
 
 
-class _Mean(torch.autograd.Function):
-    """A tensor's mean over the ranks; all ranks' losses are differentiated by it, so the gradient's mean goes back."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return _mean(values, ranks)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _mean(grads[0], ctx.ranks), None
-
-
-def _mean(values: Tensor, ranks: Ranks) -> Tensor:
-    out = values.clone(memory_format=torch.contiguous_format)
-    ranks.mean_(out)
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """A tensor's mean over the ranks of the default group. The gradient's mean over them goes back: the loss that is
+    differentiated is the sum of all ranks' losses."""
+    out: Tensor = _mean(values)
     return out
+
+
+# an operator, which torch.compile takes as it is: it traces an autograd.Function with a collective, and gives other
+# gradients without a word (PyTorch 2.11)
+@torch.library.custom_op("ssr_fast::mean_over_ranks", mutates_args=())
+def _mean(values: Tensor) -> Tensor:
+    out = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out)
+    return out.div_(dist.get_world_size())
+
+
+@_mean.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    return mean_over_ranks(grad)
+
+
+_mean.register_autograd(_backward)

@@ -94,7 +94,8 @@ def test_ranks_equal_one_process_with_the_whole_batch(
     run_ranks(tmp_path / "meeting", world, work)
 
 
-def test_a_head_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_head_on_two_ranks_equals_one_process(compiled: bool, tmp_path: Path) -> None:
     def work(ranks: Ranks) -> None:
         torch.manual_seed(0)
         one = DAFormerHead((4, 5, 6, 7), 3, channels=8, dropout=0.0, noise=Noise()).double()
@@ -103,6 +104,8 @@ def test_a_head_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
         for norm in itertools.chain(one.modules(), ours.modules()):
             if isinstance(norm, SplitBatchNorm2d):
                 norm.splits = 2
+        if compiled:  # as engine.compiling does; tracing alone was enough to lose the gradient's mean
+            ours.compile(fullgraph=True, dynamic=False, backend="eager")
         whole = [draw((8, c, 8 >> i, 8 >> i), i, torch.float64) for i, c in enumerate((4, 5, 6, 7))]
         one(whole)[1].square().sum().backward()
         ours([part_of(feature, ranks, 2) for feature in whole])[1].square().sum().backward()
