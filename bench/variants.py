@@ -11,9 +11,9 @@ from bench.draws import CounterDraws, HostDraws
 from ssr_fast.data.batch import Batch
 from ssr_fast.engine.graphs import WARM_UP, on_cuda
 from ssr_fast.engine.optim import OptimConfig
-from ssr_fast.engine.step import TrainStep
-from ssr_fast.engine.run_config import RunConfig
 from ssr_fast.engine.parallel import wrap
+from ssr_fast.engine.run_config import RunConfig
+from ssr_fast.engine.step import TrainStep
 from ssr_fast.methods.self_training import SelfTraining
 
 Step = Callable[[Batch, int], Mapping[str, float | Tensor]]

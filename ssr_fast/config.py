@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 from ssr_fast.data.loader import DataConfig
-from ssr_fast.engine.guard import GuardConfig
 from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.parallel import ParallelConfig
 from ssr_fast.engine.ranks import launched
 from ssr_fast.engine.run_config import RunConfig
+from ssr_fast.engine.step_guard import GuardConfig
 from ssr_fast.eval.inference import InferenceConfig
 from ssr_fast.methods.method import METHODS, MethodConfig
 from ssr_fast.methods.self_training import SelfTrainingConfig
@@ -152,7 +152,9 @@ def _parallel_contradictions(config: TrainConfig, explicit: frozenset[str]) -> l
         if world == 1 and f"parallel.{name}" in explicit
     ]
     if mode in ("fsdp", "hsdp") and config.optim.fused == "apex":
-        found.append(f"--optim.fused apex knows no shards, which --parallel.mode {mode} makes: give --optim.fused torch")
+        found.append(
+            f"--optim.fused apex knows no shards, which --parallel.mode {mode} makes: give --optim.fused torch"
+        )
     if world > 1 and config.run.device.startswith("cuda:"):
         found.append(
             f"--run.device {config.run.device} is one GPU and torchrun has started {world} processes, each of which "

@@ -30,7 +30,6 @@ from ssr_fast.engine.ranks import Ranks
 from ssr_fast.engine.run_config import pick_device
 from ssr_fast.engine.side_by_side import share, side_by_side
 from ssr_fast.engine.trainer import Branch, Trainer
-from ssr_fast.errors import UserError
 from ssr_fast.eval.protocols import fitting_protocols
 from ssr_fast.evaluator import Evaluator
 from ssr_fast.methods.build import build_method
@@ -114,7 +113,9 @@ class Session:
         finished = [row["name"] for row in self.summary["stages"]]
         pending = [name for name in stages if STAGE_NAMES[name] not in finished]
         if self._shared_steps():
-            self.say(f"the first {self._shared_steps()} steps of source_only and self_training are the same: trained once")
+            self.say(
+                f"the first {self._shared_steps()} steps of source_only and self_training are the same: trained once"
+            )
         with StopSignal() as stop:
             if self._in_processes():
                 self._train_side_by_side(pending, stop)
@@ -244,9 +245,7 @@ class Session:
             branch = Branch(shared, *self._records(STAGE_NAMES["supervised"]))
         trainer = Trainer(
             wrapped,
-            lambda first, last: load(
-                data, inputs, self.loader, config.run.seed, first, last, self.device, self.report
-            ),
+            lambda first, last: load(data, inputs, self.loader, config.run.seed, first, last, self.device, self.report),
             self.evaluator.scores if self.domains.evaluation is not None else None,
             run=config.run,
             optim=self._optim(name),

@@ -41,9 +41,7 @@ def main(argv: list[str]) -> int:
     gc.freeze()
     gc.enable()
     config, preset, resume = configure(argv)
-    return together(
-        config.run, config.parallel, lambda ranks, at: _train(config, preset, resume, argv, ranks, at)
-    )
+    return together(config.run, config.parallel, lambda ranks, at: _train(config, preset, resume, argv, ranks, at))
 
 
 def _train(

@@ -224,7 +224,9 @@ class MetricLog:
         assert self._names is not None
         counters = [name for name in self._names if name not in self._means and isinstance(values[name], Tensor)]
         last = [_scalar(values[name]) for name in counters]
-        parts = ([self._over_ranks(self._sums)] if self._sums is not None else []) + ([torch.stack(last)] if last else [])
+        parts = ([self._over_ranks(self._sums)] if self._sums is not None else []) + (
+            [torch.stack(last)] if last else []
+        )
         numbers = torch.cat(parts).tolist() if parts else []
         means = [number / self._count for number in numbers[: len(self._means)]]
         found: dict[str, Any] = dict(zip(self._means, means, strict=True))

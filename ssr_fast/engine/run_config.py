@@ -68,9 +68,7 @@ class RunConfig:
         if self.attention not in ATTENTIONS:
             found.append(f"--{where}.attention must be one of {', '.join(ATTENTIONS)} (it is {self.attention})")
         if self.on_save_error not in ON_SAVE_ERROR:
-            found.append(
-                f"--{where}.on_save_error must be {' or '.join(ON_SAVE_ERROR)} (it is {self.on_save_error})"
-            )
+            found.append(f"--{where}.on_save_error must be {' or '.join(ON_SAVE_ERROR)} (it is {self.on_save_error})")
         kind = self.device.partition(":")[0]
         if kind not in ("auto", "cpu", "cuda"):
             found.append(f"--{where}.device must be auto, cpu, cuda or cuda:N (it is {self.device})")

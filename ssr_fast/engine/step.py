@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssr_fast.data.batch import Batch
-from ssr_fast.engine.guard import GuardConfig, StepGuard
 from ssr_fast.engine.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 from ssr_fast.engine.parallel import Wrapped
 from ssr_fast.engine.ranks import Ranks
+from ssr_fast.engine.step_guard import GuardConfig, StepGuard
 from ssr_fast.methods.method import Method, step_key
 
 

@@ -18,7 +18,7 @@ from ssr_fast.engine import graphs
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.compiling import CompiledStep, RunStep
 from ssr_fast.engine.data_clock import DataClock
-from ssr_fast.engine.guard import GuardConfig, StopSignal
+from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig, optimizer_state
 from ssr_fast.engine.parallel import Wrapped
@@ -27,6 +27,7 @@ from ssr_fast.engine.ranks import Ranks
 from ssr_fast.engine.run_config import RunConfig
 from ssr_fast.engine.state import OPTIONAL, compare, rng_state, set_rng_state
 from ssr_fast.engine.step import TrainStep
+from ssr_fast.engine.step_guard import GuardConfig
 from ssr_fast.engine.vote import Vote
 from ssr_fast.errors import UserError
 from ssr_fast.methods.method import Method
@@ -208,9 +209,7 @@ class Trainer:
         """Write a checkpoint of the finished steps; a final one must succeed, whatever the options."""
         self.at(f"saving step {self.done}")
         score = self.scores.miou if self.scores is not None else None
-        self.store.save(
-            self.done, self._state(), config=self.config, meta=self.meta, score=score, final=final
-        )
+        self.store.save(self.done, self._state(), config=self.config, meta=self.meta, score=score, final=final)
         self._saved = self.done
         self.log.restart_clock()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssr_fast.models.noise import ChannelDropout, Noise
 from ssr_fast.models.norm_relu import norm_relu
+from ssr_fast.models.sync_norm import OverRanks, sync_norm
 from ssr_kernels.dwconv import dwconv_dilated
 
 DILATIONS = (6, 12, 18)
@@ -27,6 +28,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     """
 
     splits: int = 1
+    over_ranks: OverRanks | None = None
+    """Set: in training the statistics are those of all ranks' images."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input [B, C, h, w] -> [B, C, h, w].
@@ -34,6 +37,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         Raises:
             ValueError: B is not a multiple of splits.
         """
+        if self.training and self.over_ranks is not None:
+            return sync_norm(input, self.weight, self.bias, *self._count(input), self.splits, self.over_ranks)
         if self.splits == 1 or not self.training:
             return super().forward(input)
         self._check(input)
@@ -46,12 +51,18 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         Raises:
             ValueError: B is not a multiple of splits.
         """
+        if self.over_ranks is not None:
+            out = F.relu(self(x), inplace=True)
+            return out if mixer is None else F.conv2d(out, mixer)
+        return norm_relu(x, self.weight, self.bias, *self._count(x), self.splits, mixer)
+
+    def _count(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], float, float]:
+        """Counts a pass over x: (running statistics, momentum, eps)."""
         self._check(x)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         assert self.momentum is not None
         self.num_batches_tracked.add_(self.splits)
-        running = (self.running_mean, self.running_var)
-        return norm_relu(x, self.weight, self.bias, running, self.momentum, self.eps, self.splits, mixer)
+        return (self.running_mean, self.running_var), self.momentum, self.eps
 
     def _check(self, x: Tensor) -> None:
         if x.shape[0] % self.splits:

@@ -34,7 +34,7 @@ def everything(step):
         *step.method.state_dict(keep_vars=True).values(),
         *slots,
         *step.guard.__dict__["_saved"],
-        step.guard.skipped,
+        *step.guard.state().values(),
     ]
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from ssr_fast.engine import apex
 from ssr_fast.engine.apex import ApexAdamW, apex_reasons, check_fused
 from ssr_fast.engine.checkpoint import CheckpointStore
-from ssr_fast.engine.guard import StepGuard
 from ssr_fast.engine.optim import OptimConfig, build_optimizer, optimizer_state, set_learning_rate
 from ssr_fast.engine.state import split
+from ssr_fast.engine.step_guard import StepGuard
 from ssr_fast.errors import UserError
 from ssr_fast.train import main
 from tests.syncfree import NoHostSync

@@ -9,8 +9,8 @@ from torch import nn
 
 from ssr_fast.engine import compiling, parallel
 from ssr_fast.engine.optim import OptimConfig
-from ssr_fast.engine.step import TrainStep
 from ssr_fast.engine.run_config import RunConfig
+from ssr_fast.engine.step import TrainStep
 from ssr_fast.errors import UserError
 from ssr_fast.eval.run import evaluating
 from ssr_fast.models.sam import SamConfig, build_sam

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ssr_fast.engine import graphs
-from ssr_fast.engine.step import TrainStep
 from ssr_fast.engine.run_config import RunConfig
+from ssr_fast.engine.step import TrainStep
 from ssr_fast.models.resident_features import ResidentFeatures
 from tests.engine.graph_support import METHODS, OPTIM, START, STEPS, check_equal, everything, make_step, run
 from tests.engine.recorder import record
