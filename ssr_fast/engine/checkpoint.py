@@ -6,13 +6,14 @@ whole or damaged later; DCP itself would load a flipped bit silently. In a run o
 the folder is shared.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +229,8 @@ class CheckpointStore:
     def _conclude(self, step: int, outcome: Callable[[], list[str]], strict: bool, written: bool = True) -> bool:
         """Takes the outcome of (a part of) a save, the same on every rank: whether it went well."""
         try:
-            lines = outcome()
+            with _in_company(self._ranks):
+                lines = outcome()
         except _NotWritten as failure:
             if strict:
                 raise UserError(
@@ -333,12 +335,27 @@ class CheckpointStore:
         return None
 
 
+@contextlib.contextmanager
+def _in_company(ranks: Ranks) -> Iterator[None]:
+    """Says in a sentence that another rank has died, which gloo tells as a lost connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.world == 1 or "gloo" not in str(error):
+            raise
+        raise UserError(
+            f"rank {ranks.rank}: another process of this run has ended, and its own last lines say why; "
+            "the checkpoints that were finished are whole: continue with --resume"
+        ) from error
+
+
 def _problem_of_any(ranks: Ranks, problem: str | None) -> str | None:
     """The problem of the first rank that has one, with its number, on every rank: all go on, or none."""
     if ranks.world == 1:
         return problem
     problems: list[str | None] = [None] * ranks.world
-    dist.all_gather_object(problems, problem, group=ranks.control)
+    with _in_company(ranks):
+        dist.all_gather_object(problems, problem, group=ranks.control)
     return next((f"rank {rank}: {found}" for rank, found in enumerate(problems) if found is not None), None)
 
 

@@ -41,7 +41,7 @@ def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         RuntimeError, MemoryError: there is not enough memory.
     """
-    # not pinned: the stager would lock its memory anew at every save, which takes longer than the copy
+    # not pinned: the stager forgets after each call what it has pinned, so every save would lock all its memory anew
     stager = DefaultStager(StagingOptions(False, False, False, False))
     copies: Any = stager.stage(dict(tensors))
     return dict(copies)
