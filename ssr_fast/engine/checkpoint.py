@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,7 +97,6 @@ class CheckpointStore:
         self._executor = ThreadPoolExecutor(max_workers=1) if background else None
         self._pending: tuple[int, Future[list[str]]] | None = None
         self._verified: Path | None = None
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def save(
         self,

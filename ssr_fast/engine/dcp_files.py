@@ -5,6 +5,7 @@ DCP keeps its index, `.metadata`, as a pickle, and copies a tensor of another dt
 
 import errno
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +56,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
     """
     try:
         # nothing is copied ahead: that would use CUDA, on the first GPU, in the thread that writes
+        _quiet()
         writer = _Writer(folder, per_thread_copy_ahead=0)
         dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as failure:
@@ -68,9 +70,15 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
         OSError: a rank could not read; raised on every rank.
     """
     try:
+        _quiet()
         dcp.load(dict(tensors), storage_reader=_Reader(folder), process_group=group, no_dist=group is None)
     except CheckpointException as failure:
         raise _first_failure(failure, group) from failure
+
+
+def _quiet() -> None:
+    """No warning that a process alone is alone."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _first_failure(failure: CheckpointException, group: dist.ProcessGroup | None) -> BaseException:

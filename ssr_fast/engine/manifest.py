@@ -65,6 +65,11 @@ def verify(path: Path, contents: bool = True) -> str | None:
     return None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, whole or not: by its name, or by what is in it."""
+    return path.is_dir() and (re.fullmatch(r"step-\d+", path.resolve().name) is not None or (path / MANIFEST).exists())
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint that `verify` has found whole."""
     manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
