@@ -1,35 +1,33 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit.
 
-A checkpoint is a folder `step-<n>` of the tensors as torch.distributed.checkpoint (DCP) writes them, `manifest.json`
-(every file's size and sha256, the step, the config, the plain values of the state) and `manifest.sha256` over that.
-It is written as `.tmp-<n>`, synced to disk and renamed, so a folder with its real name is whole or damaged later; DCP
-itself would load a flipped bit silently. In a run of several ranks every rank calls, and the folder is shared.
+A checkpoint is a folder `step-<n>` of the tensors as torch.distributed.checkpoint (DCP) writes them and a manifest
+over them (see manifest.py). It is written as `.tmp-<n>`, synced to disk and renamed, so a folder with its real name is
+whole or damaged later; DCP itself would load a flipped bit silently. In a run of several ranks every rank calls, and
+the folder is shared.
 """
 
-import hashlib
+import contextlib
+import dataclasses
 import json
 import math
 import os
-import re
 import shutil
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from ssr_fast.engine.manifest import FORMAT, best_of, newest_whole, seal, steps, sync_folder, verify
+from ssr_fast.engine.ranks import PATIENCE, Ranks
 from ssr_fast.engine.state import OPTIONAL, config_hash, merge_values, split
 from ssr_fast.errors import UserError
 
-MANIFEST = "manifest.json"
-DIGEST = "manifest.sha256"
-FORMAT = 1
-_BLOCK = 1 << 20
-T = TypeVar("T")
+ON_ERROR = ("stop", "continue")
+_ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -48,42 +46,57 @@ class Restored:
     """Optional tensors (random generators) and plain values that it does not have; those were left alone."""
 
 
+class _NotWritten(Exception):
+    """A checkpoint could not be written, for a reason that lies outside of the program; args: the reason."""
+
+
 class CheckpointStore:
     """The checkpoints of one run directory.
 
     Opening it removes what a killed process left unfinished, so one run at a time may have it open.
 
     Args:
-        folder: where the `step-<n>` folders stand; made if it is missing.
+        folder: where the `step-<n>` folders stand; made if it is missing. All ranks see the same one.
         keep: number of the newest checkpoints that are kept, beside the one with the best score.
         background: `save` copies the state to host memory and returns; a thread writes it. Errors show at the next
             `save` or `wait`.
-        report: gets one line for each thing that the user should know, such as a damaged checkpoint.
+        report: gets one line for each thing that the user should know, such as a damaged checkpoint; on rank 0 alone.
+        ranks: the processes that train together; each of them makes a store and makes the same calls.
+        on_error: when a checkpoint cannot be written: "stop" raises, "continue" reports a line and goes on.
 
     Raises:
-        UserError: the folder cannot be made or written.
-        ValueError: `keep` is smaller than 1.
+        UserError: the folder cannot be made or written, or a rank does not see it.
+        ValueError: `keep` is smaller than 1, or `on_error` unknown.
     """
 
     def __init__(
-        self, folder: Path, keep: int = 2, *, background: bool = False, report: Callable[[str], None] = print
+        self,
+        folder: Path,
+        keep: int = 2,
+        *,
+        background: bool = False,
+        report: Callable[[str], None] = print,
+        ranks: Ranks = _ALONE,
+        on_error: str = "stop",
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, not {on_error!r}")
         self.folder = folder
-        self._keep = keep
-        self._report = report
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._rank = dist.get_rank() if distributed else 0
-        self._world_size = dist.get_world_size() if distributed else 1
-        if self._rank == 0:
-            self._open()
-        # DCP's collectives carry Python objects; a CPU group keeps them off the training's own communicator
-        self._group = dist.new_group(backend="gloo") if distributed else None
+        self.written: int | None = None
+        """The step of the newest checkpoint that this store has written and knows to be on disk."""
+        self._keep, self._report, self._ranks, self._on_error = keep, report, ranks, on_error
+        ranks.on_first(self._open)
+        unseen = _problem_of_any(ranks, None if folder.is_dir() else f"there is no folder {folder}")
+        if unseen is not None:
+            raise UserError(f"{unseen}: give a run directory on a disk that all machines share (--run.dir)")
+        # the thread's collectives must not cross those that the main thread makes at the same time
+        own = dist.new_group(backend="gloo", timeout=PATIENCE) if background and ranks.world > 1 else ranks.control
+        self._writers = dataclasses.replace(ranks, control=own)
         self._executor = ThreadPoolExecutor(max_workers=1) if background else None
-        self._pending: Future[None] | None = None
+        self._pending: tuple[int, Future[list[str]]] | None = None
         self._verified: Path | None = None
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def save(
         self,
@@ -93,6 +106,7 @@ class CheckpointStore:
         config: dict[str, Any] | None = None,
         meta: dict[str, Any] | None = None,
         score: float | None = None,
+        final: bool = False,
     ) -> None:
         """Saves the state as `step-<step>`; an older checkpoint of that step is replaced when the new one is whole.
 
@@ -100,54 +114,61 @@ class CheckpointStore:
 
         Args:
             step: number of steps done.
-            state: nested dict of tensors and JSON values; what differs between ranks stands under "rng.<rank>".
+            state: nested dict of tensors and JSON values; what differs between ranks is tensors under "rng.<rank>".
             config: the run's resolved config.
             meta: JSON values that `load` hands back.
             score: the higher the better (target mIoU); the best checkpoint is kept.
+            final: the last one of the run or before a stop: it is on disk when this returns, and raises if it cannot
+                be written, whatever the policy. An earlier one that failed is then only reported.
 
         Raises:
-            UserError: it could not be written (disk full, folder gone); the earlier checkpoints are as they were.
+            UserError: it could not be written (disk full, folder gone) or, with `background`, the one before it; the
+                earlier checkpoints are as they were. Raised on every rank.
         """
-        self.wait()
+        self._settle_pending(strict=self._on_error == "stop" and not final)
         tensors, values = split(state)
+        plain_config = json.loads(json.dumps(config or {}, default=str))
         manifest = {
             "format": FORMAT,
             "step": step,
-            "world_size": self._world_size,
+            "world_size": self._ranks.world,
             "score": score if score is not None and math.isfinite(score) else None,
-            "config_hash": config_hash(config or {}),
-            "config": json.loads(json.dumps(config or {}, default=str)),
+            "config_hash": config_hash(plain_config),
+            "config": plain_config,
             "meta": json.loads(json.dumps(meta or {})),
             "values": json.loads(json.dumps(values)),
         }
-        if self._executor is None:
-            self._write(step, tensors, manifest)
+        strict = final or self._on_error == "stop"
+        if self._executor is None or final:
+            self._conclude(step, lambda: self._write(step, tensors, manifest, self._ranks), strict)
             return
-        # importing DCP takes seconds, and who only asks for an option's help need not wait for it
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-        stager = DefaultStager(StagingOptions(False, False, False, False))
-        staged: Any = stager.stage(tensors)
-        self._pending = self._executor.submit(self._write, step, staged, manifest)
+        staged: dict[str, Tensor] = {}
+        if self._conclude(step, lambda: self._stage(tensors, staged), strict, written=False):
+            self._pending = step, self._executor.submit(self._write, step, staged, manifest, self._writers)
 
     def wait(self) -> None:
-        """Waits for a save in the background and raises its error."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        """Waits for a save in the background.
+
+        Raises:
+            UserError: it failed, and the policy is "stop".
+        """
+        self._settle_pending(strict=self._on_error == "stop")
 
     def latest(self) -> Path | None:
         """The newest checkpoint that is whole, or None; each one skipped is reported in a line with the reason."""
         self.wait()
-        return self._on_first_rank(self._find_latest)
+        return self._ranks.on_first(self._find_latest)
 
     def best(self) -> Path | None:
         """The checkpoint with the highest score, the newer of two equals, or None where none has a score."""
         self.wait()
-        return self._on_first_rank(lambda: _best(_steps(self.folder)))
+        return self._ranks.on_first(lambda: best_of(steps(self.folder)))
 
     def load(self, path: Path, state: dict[str, Any], optional: Sequence[str] = OPTIONAL) -> Restored:
         """Loads a checkpoint into `state` in place: tensors are copied into, values are replaced.
+
+        The number of ranks may be another one than that which saved it, and sharded tensors may be whole or cut
+        otherwise.
 
         Args:
             path: a `step-<n>` folder, wherever it stands.
@@ -155,28 +176,26 @@ class CheckpointStore:
             optional: dotted prefixes of what may be missing on either side.
 
         Raises:
-            UserError: the folder is damaged or holds another model's state.
+            UserError: the folder is damaged or holds another model's state; raised on every rank.
         """
         self.wait()
         # the first rank alone knows what `latest` has read already
-        reason = self._on_first_rank(lambda: None if path == self._verified else verify(path))
+        reason = self._ranks.on_first(lambda: None if path == self._verified else verify(path))
         if reason is not None:
             raise UserError(
                 f"the checkpoint {path} cannot be used: {reason}; resume from another step-<n> folder beside it"
             )
-        manifest = _read_manifest(path)
-        from ssr_fast.engine.dcp_files import load_tensors, misfit, saved_tensors
+        from ssr_fast.engine.dcp_files import load_tensors, open_checkpoint
 
         tensors, _ = split(state)
-        saved = saved_tensors(path)
-        problem = misfit(tensors, saved, optional)
+        manifest, found, problem = open_checkpoint(path, tensors, optional)
+        problem = _problem_of_any(self._ranks, problem)
         if problem is not None:
-            raise UserError(
-                f"the checkpoint {path} is of another model or method: {problem}; "
-                "resume with the options of the run that saved it, or start in a new run directory"
-            )
-        found = {name: tensor for name, tensor in tensors.items() if name in saved}
-        load_tensors(path, found, self._group)
+            raise UserError(problem)
+        try:
+            load_tensors(path, found, self._ranks.control)
+        except OSError as error:
+            raise UserError(f"the checkpoint {path} cannot be read ({error.strerror or error}): try again") from error
         absent = merge_values(state, manifest["values"])
         return Restored(
             step=manifest["step"],
@@ -191,47 +210,86 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK | os.X_OK):
                 raise PermissionError("it is not writable")
-            for entry in sorted(self.folder.iterdir()):
-                if entry.name.startswith(".tmp-"):
-                    shutil.rmtree(entry)
-                elif entry.name.startswith(".old-"):
-                    _settle_replaced(entry)
+            _settle(self.folder)
         except OSError as error:
             raise UserError(
                 f"checkpoints cannot be kept in {self.folder}: {error.strerror or error}; "
                 "give a run directory that can be written (--run.dir)"
             ) from error
 
-    def _write(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
+    def _settle_pending(self, strict: bool) -> None:
+        if self._pending is not None:
+            step, future = self._pending
+            future.exception()  # if the wait is interrupted, the save is still pending
+            self._pending = None
+            self._conclude(step, future.result, strict)
+
+    def _conclude(self, step: int, outcome: Callable[[], list[str]], strict: bool, written: bool = True) -> bool:
+        """Takes the outcome of (a part of) a save, the same on every rank: whether it went well."""
+        try:
+            with _in_company(self._ranks):
+                lines = outcome()
+        except _NotWritten as failure:
+            if strict:
+                raise UserError(
+                    f"the checkpoint of step {step} could not be written to {self.folder}: {failure}; "
+                    "the earlier checkpoints are whole: make room or repair the folder, then continue with --resume"
+                ) from failure
+            if self._ranks.first:
+                last = newest_whole(self.folder)
+                rest = f"the last whole checkpoint is {last}" if last else "there is no whole checkpoint"
+                self._report(
+                    f"the checkpoint of step {step} could not be written ({failure}): training goes on; {rest}"
+                )
+            return False
+        if written:
+            self.written = step
+        if self._ranks.first:
+            for line in lines:
+                self._report(line)
+        return True
+
+    def _stage(self, tensors: dict[str, Tensor], staged: dict[str, Tensor]) -> list[str]:
+        """Copies the tensors to host memory; the copies are complete, for the next step overwrites the tensors."""
+        # importing DCP takes seconds, and who only asks for an option's help need not wait for it
+        from ssr_fast.engine.dcp_files import host_copies
+
+        problem = None
+        try:
+            staged.update(host_copies(tensors))
+        except (MemoryError, RuntimeError) as error:  # torch's host allocator raises RuntimeError
+            problem = f"the state could not be copied to host memory, {' '.join(str(error).split())}"
+        problem = _problem_of_any(self._ranks, problem)
+        if problem is not None:
+            raise _NotWritten(problem)
+        return []
+
+    def _write(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any], ranks: Ranks) -> list[str]:
+        """Writes and publishes a checkpoint; lines for the user."""
         from ssr_fast.engine.dcp_files import save_tensors
 
         temporary = self.folder / f".tmp-{step}"
         try:
-            self._on_first_rank(lambda: shutil.rmtree(temporary, ignore_errors=True))
-            save_tensors(temporary, tensors, self._group)
-            self._on_first_rank(lambda: self._publish(temporary, step, manifest))
+            ranks.on_first(lambda: _start(temporary))
+            save_tensors(temporary, tensors, ranks.control)
+            return ranks.on_first(lambda: self._publish(temporary, step, manifest))
         except OSError as error:
-            if self._rank == 0:
+            if ranks.first:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {error.strerror or error}; "
-                "the earlier checkpoints are whole: make room or repair the folder, then continue with --resume"
-            ) from error
+            reason = error.strerror or str(error)
+            # what DCP does on all ranks names the rank already, the rest is done by the first one
+            named = ranks.world == 1 or reason.startswith("rank ")
+            raise _NotWritten(reason if named else f"rank 0: {reason}") from error
 
-    def _publish(self, temporary: Path, step: int, manifest: dict[str, Any]) -> None:
-        """Seals the files, gives the folder its name and removes what is no longer kept."""
-        files = {
-            entry.name: {"size": entry.stat().st_size, "sha256": _sha256(entry)}
-            for entry in sorted(temporary.iterdir())
-        }
-        text = json.dumps({**manifest, "files": files}, indent=1).encode()
-        _write_synced(temporary / MANIFEST, text)
-        _write_synced(temporary / DIGEST, f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode())
-        _sync_folder(temporary)
+    def _publish(self, temporary: Path, step: int, manifest: dict[str, Any]) -> list[str]:
+        """Seals the files, gives the folder its name and removes what is no longer kept; lines for the user."""
+        from ssr_fast.engine.dcp_files import check_complete
+
+        check_complete(temporary)
+        seal(temporary, manifest)
         final = self.folder / f"step-{step}"
         replaced = self.folder / f".old-{step}"
         if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
             os.rename(final, replaced)
         try:
             os.rename(temporary, final)
@@ -239,29 +297,34 @@ class CheckpointStore:
             if replaced.exists():
                 os.rename(replaced, final)
             raise
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         self._verified = None
         shutil.rmtree(replaced, ignore_errors=True)
-        self._prune(step)
+        return self._prune(step)
 
-    def _prune(self, step: int) -> None:
-        entries = _steps(self.folder)
+    def _prune(self, step: int) -> list[str]:
+        entries = steps(self.folder)
         current = {n: path for n, path in entries.items() if n <= step}
         stale = [n for n in entries if n > step]
+        lines = []
         if stale:
-            self._report(f"removing the checkpoints of later steps, which this run does not continue: {stale}")
+            lines.append(f"removing the checkpoints of later steps, which this run does not continue: {stale}")
         kept = set(sorted(current)[-self._keep :])
-        best = _best(current)
+        best = best_of(current)
         for n, path in entries.items():
-            if n not in kept and path != best:
-                # renamed first: a removal that is cut short must not leave half a checkpoint under a real name
-                doomed = self.folder / f".tmp-{n}"
-                shutil.rmtree(doomed, ignore_errors=True)
+            if n in kept or path == best:
+                continue
+            # renamed first: a removal that is cut short must not leave half a checkpoint under a real name
+            doomed = self.folder / f".tmp-{n}"
+            try:
                 os.rename(path, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+            except OSError as error:  # the new one is whole all the same
+                lines.append(f"the checkpoint {path}, no longer needed, cannot be removed ({error.strerror or error})")
+            shutil.rmtree(doomed, ignore_errors=True)
+        return lines
 
     def _find_latest(self) -> Path | None:
-        for _, path in sorted(_steps(self.folder).items(), reverse=True):
+        for _, path in sorted(steps(self.folder).items(), reverse=True):
             reason = verify(path)
             if reason is None:
                 self._verified = path
@@ -269,95 +332,42 @@ class CheckpointStore:
             self._report(f"skipping the checkpoint {path}: {reason}")
         return None
 
-    def _on_first_rank(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0 and gives its result, or raises its error, on every rank."""
-        if self._group is None:
-            return action()
-        outcome: list[Any] = [None, None]
-        if self._rank == 0:
-            try:
-                outcome[0] = action()
-            except Exception as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
 
-
-def verify(path: Path) -> str | None:
-    """Reads a whole checkpoint and says why it cannot be used, or None where every byte is as it was written."""
+@contextlib.contextmanager
+def _in_company(ranks: Ranks) -> Iterator[None]:
+    """Says in a sentence that another rank has died, which gloo tells as a lost connection."""
     try:
-        text = (path / MANIFEST).read_bytes()
-        digest = (path / DIGEST).read_bytes()
-        if digest != f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n".encode():
-            return f"{MANIFEST} does not match {DIGEST}"
-        manifest = json.loads(text)
-        if manifest["format"] != FORMAT:
-            return f"it has format {manifest['format']}, this version reads format {FORMAT}"
-        for name, wanted in manifest["files"].items():
-            size = (path / name).stat().st_size
-            if size != wanted["size"]:
-                return f"{name} has {size} bytes instead of {wanted['size']}"
-            if _sha256(path / name) != wanted["sha256"]:
-                return f"{name} does not match its checksum"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing" if path.is_dir() else "there is no such folder"
-    except OSError as error:
-        return f"it cannot be read ({error.strerror or error})"
-    return None
+        yield
+    except RuntimeError as error:
+        if ranks.world == 1 or "gloo" not in str(error):
+            raise
+        raise UserError(
+            f"rank {ranks.rank}: another process of this run has ended, and its own last lines say why; "
+            "the checkpoints that were finished are whole: continue with --resume"
+        ) from error
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
-    return manifest
+def _problem_of_any(ranks: Ranks, problem: str | None) -> str | None:
+    """The problem of the first rank that has one, with its number, on every rank: all go on, or none."""
+    if ranks.world == 1:
+        return problem
+    problems: list[str | None] = [None] * ranks.world
+    with _in_company(ranks):
+        dist.all_gather_object(problems, problem, group=ranks.control)
+    return next((f"rank {rank}: {found}" for rank, found in enumerate(problems) if found is not None), None)
 
 
-def _steps(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a folder by their step."""
-    matches = ((re.fullmatch(r"step-(\d+)", entry.name), entry) for entry in folder.iterdir())
-    return {int(match[1]): entry for match, entry in matches if match}
+def _start(temporary: Path) -> None:
+    """An empty folder to write into, and as much room as what earlier saves left unfinished gives back."""
+    _settle(temporary.parent)
+    temporary.mkdir()  # without its parents: a run directory that was removed is an error, not made anew
 
 
-def _best(steps: dict[int, Path]) -> Path | None:
-    scores: list[tuple[float, int]] = []
-    for step, path in steps.items():
-        try:
-            score = _read_manifest(path).get("score")
-        except (OSError, ValueError):
-            continue  # damaged: `latest` says so when it matters
-        if score is not None:
-            scores.append((score, step))
-    return steps[max(scores)[1]] if scores else None
-
-
-def _settle_replaced(entry: Path) -> None:
-    """A save was cut short while it replaced a checkpoint: the old one comes back unless the new one is there."""
-    final = entry.with_name(entry.name.replace(".old-", "step-", 1))
-    if final.exists():
-        shutil.rmtree(entry)
-    else:
-        os.rename(entry, final)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _settle(folder: Path) -> None:
+    """Removes what an unfinished save left; where it was replacing a checkpoint, the old one comes back."""
+    for entry in sorted(folder.iterdir()):
+        final = entry.with_name(entry.name.replace(".old-", "step-", 1))
+        if entry.name.startswith(".tmp-") or (entry.name.startswith(".old-") and final.exists()):
+            shutil.rmtree(entry)
+        elif entry.name.startswith(".old-"):
+            os.rename(entry, final)

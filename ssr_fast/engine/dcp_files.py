@@ -3,7 +3,9 @@
 DCP keeps its index, `.metadata`, as a pickle, and copies a tensor of another dtype into place without a word.
 """
 
+import errno
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +16,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from ssr_fast.engine.manifest import read_manifest
 from ssr_fast.errors import UserError
 
 # every class that an index of plain and sharded tensors holds
@@ -32,6 +36,18 @@ _INDEX_CLASSES = {
 }
 
 
+def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of all tensors in host memory, complete when this returns; of a sharded one (DTensor) this rank's part.
+
+    Raises:
+        RuntimeError, MemoryError: there is not enough memory.
+    """
+    # not pinned: the stager forgets after each call what it has pinned, so every save would lock all its memory anew
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    copies: Any = stager.stage(dict(tensors))
+    return dict(copies)
+
+
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Writes and syncs the tensors; sharded ones (DTensor) by the ranks that hold them, equal ones once.
 
@@ -39,18 +55,91 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
         OSError: a rank could not write; raised on every rank.
     """
     try:
-        dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group, no_dist=group is None)
+        # nothing is copied ahead: that would use CUDA, on the first GPU, in the thread that writes
+        _quiet()
+        writer = _Writer(folder, per_thread_copy_ahead=0)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     except CheckpointException as failure:
-        # DCP's own exception is no Exception and would pass every handler
-        raise next(iter(failure.failures.values()))[0] from failure
+        raise _first_failure(failure, group) from failure
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Copies the saved tensors into the given ones, which `misfit` has checked."""
+    """Copies the saved tensors into the given ones, which `misfit` has checked.
+
+    Raises:
+        OSError: a rank could not read; raised on every rank.
+    """
     try:
+        _quiet()
         dcp.load(dict(tensors), storage_reader=_Reader(folder), process_group=group, no_dist=group is None)
     except CheckpointException as failure:
-        raise next(iter(failure.failures.values()))[0] from failure
+        raise _first_failure(failure, group) from failure
+
+
+def _quiet() -> None:
+    """No warning that a process alone is alone."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def _first_failure(failure: CheckpointException, group: dist.ProcessGroup | None) -> BaseException:
+    """The error itself: DCP's own exception is no Exception and would pass every handler."""
+    rank, (error, _) = min(failure.failures.items())
+    if isinstance(error, OSError) and group is not None:
+        return OSError(error.errno, f"rank {rank}: {error.strerror or error}")
+    return error
+
+
+def check_complete(folder: Path) -> None:
+    """Sees that the files of all ranks are in the folder.
+
+    Raises:
+        OSError: one is not, so that rank wrote into a folder of its own.
+    """
+    index = _Reader(folder).read_metadata()
+    absent = sorted(
+        {info.relative_path for info in index.storage_data.values() if not (folder / info.relative_path).exists()}
+    )
+    if absent:
+        raise OSError(errno.ENOENT, f"{absent[0]} of another rank is not there: all ranks must share one folder")
+
+
+def open_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], optional: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Tensor], str | None]:
+    """Compares a checkpoint with the state that it is to be loaded into.
+
+    Returns:
+        its manifest; those of the tensors that it has; and a sentence if it cannot be loaded, else None.
+    """
+    try:
+        saved = saved_tensors(path)
+        problem = misfit(tensors, saved, optional)
+        if problem is not None:
+            problem = (
+                f"the checkpoint {path} is of another model or method: {problem}; "
+                "resume with the options of the run that saved it, or start in a new run directory"
+            )
+        return read_manifest(path), {name: tensor for name, tensor in tensors.items() if name in saved}, problem
+    except UserError as error:
+        return {}, {}, str(error)
+    except OSError as error:
+        return {}, {}, f"the checkpoint {path} cannot be read ({error.strerror or error}): all ranks must see it"
+
+
+def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The whole tensors below a dotted prefix of the state, whatever the number of ranks that saved them.
+
+    Raises:
+        UserError: the index asks for anything but the description of tensors.
+    """
+    saved = saved_tensors(path)
+    tensors = {
+        name: torch.empty(there.size, dtype=there.properties.dtype)
+        for name, there in saved.items()
+        if name.startswith(f"{prefix}.")
+    }
+    load_tensors(path, tensors, None)
+    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in tensors.items()}
 
 
 def saved_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:

@@ -1,8 +1,11 @@
 """Round trips of a run's state, retention, replacement and resume."""
 
+import hashlib
 import json
 import math
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ssr_fast.engine import dcp_files
 from ssr_fast.engine.checkpoint import CheckpointStore, verify
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig, build_optimizer, optimizer_state, set_learning_rate
@@ -179,6 +183,84 @@ def test_a_save_in_the_background_is_a_snapshot(tmp_path: Path) -> None:
     assert path is not None
     store.load(path, state)
     assert torch.equal(x, torch.arange(1000.0)) and torch.equal(net.weight, expected["weight"])
+
+
+def test_what_overwrites_the_tensors_after_a_save_in_the_background_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Every kind of tensor, overwritten in place before the thread has read a byte of it."""
+    overwritten, writing = threading.Event(), dcp_files.save_tensors
+
+    def late(*arguments: Any) -> None:
+        assert overwritten.wait(30)
+        writing(*arguments)
+
+    monkeypatch.setattr(dcp_files, "save_tensors", late)
+    store = _store(tmp_path, background=True)
+    tensors = {**_tensors(), "parameter": nn.Parameter(torch.randn(3)), "of_0": torch.tensor(0.5)}
+    tensors["shared_a"], tensors["shared_b"] = torch.randn(6).view(2, 3)
+    expected = {name: _bits(tensor) for name, tensor in tensors.items()}
+    store.save(1, {"net": dict(tensors)})
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.zero_()
+    overwritten.set()
+    assert store.latest() == tmp_path / "step-1"
+    with torch.no_grad():
+        store.load(tmp_path / "step-1", {"net": tensors})
+    assert {name: _bits(tensor) for name, tensor in tensors.items()} == expected
+
+
+def test_a_save_waits_for_the_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, writing, most = [0], dcp_files.save_tensors, [0]
+
+    def slow(*arguments: Any) -> None:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.05)
+        writing(*arguments)
+        running[0] -= 1
+
+    monkeypatch.setattr(dcp_files, "save_tensors", slow)
+    store = _store(tmp_path, background=True)
+    for step in (1, 2, 3):
+        store.save(step, {"x": torch.tensor(step)})
+        assert store.written == (step - 1 or None)
+    store.save(4, {"x": torch.tensor(4)}, final=True)
+    assert store.written == 4 and most == [1] and _names(tmp_path) == ["step-3", "step-4"]
+
+
+def test_a_config_that_does_not_match_its_hash_is_damage(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    store.save(1, {"x": torch.ones(1)}, config={"steps": 10, "by_number": {10: 1, 9: 2}})
+    path = tmp_path / "step-1" / "manifest.json"
+    assert verify(tmp_path / "step-1") is None
+    for old, new, reason in (
+        (b'"steps": 10', b'"steps": 11', "the config in manifest.json does not match its hash"),
+        (b'"format": 1', b'"format": 7', "it has format 7, this version reads format 1"),
+        (b'"files": {', b'"filed": {', "manifest.json is not one of ssr_fast's"),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(old, new))
+        digest = path.with_name("manifest.sha256")
+        digest.write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  manifest.json\n")
+        assert verify(tmp_path / "step-1") == reason
+        path.write_bytes(whole)
+
+
+@pytest.mark.gpu
+def test_a_save_of_a_gpus_tensors_in_the_background_is_a_snapshot(tmp_path: Path) -> None:
+    store = _store(tmp_path, background=True)
+    tensors = [torch.full((1 << 20,), 1.0, device="cuda") for _ in range(16)]
+    for step in range(1, 4):
+        store.save(step, {str(number): tensor for number, tensor in enumerate(tensors)})
+        for tensor in tensors:
+            tensor.add_(1)
+    state = {str(number): torch.zeros_like(tensor) for number, tensor in enumerate(tensors)}
+    path = store.latest()
+    assert path == tmp_path / "step-3"
+    store.load(path, state)
+    assert all(tensor.eq(3).all() for tensor in state.values())
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
