@@ -140,7 +140,7 @@ class Link:
             self._wake.set()
             time.sleep(0.01)
 
-    def leave(self, patience: float = 5.0) -> None:
+    def leave(self, patience: float) -> None:
         """Send the last beat and end the thread.
 
         If the store is in this process it stays until the others know that it goes, up to `patience` seconds.
@@ -164,6 +164,8 @@ class Link:
 
     def _round(self) -> None:
         beat = self._beat()
+        if 0 in self.beats and not self.agent and vanished(self.beats[0], beat.machine):
+            raise RuntimeError("the process that held the store has ended")  # PyTorch would print a stack of its own
         if self.leader == self.rank:
             self._store.set("verdict", self._posted)
         self._store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))

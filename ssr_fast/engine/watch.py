@@ -92,7 +92,7 @@ class Watch:
         if self._self.state == RUNNING:
             self._self = replace(self._self, state=LEFT)
         if self._link is not None:
-            self._link.leave()
+            self._link.leave(1.0 if self._unanswered > _BROKEN_S else _ANSWER_S)
             if self._verdict is not None or self._self.state == FAILED:
                 # what still belongs to the group, such as NCCL's own shutdown, may wait for the dead for ever
                 _end_in(_END_S, self._self.code if self._verdict is None else self._verdict.code)
@@ -209,7 +209,8 @@ class Watch:
         how = f"has not answered for {self._lost:.0f} s" if link.error is None else "cannot be reached any more"
         if first is not None and not link.agent:
             return self._death(link, [first], how)
-        return Verdict(f"stopped, because the launcher (torchrun) on the machine of rank 0 {how}: {self._advice()}")
+        who = "the launcher (torchrun) on the machine of rank 0" if link.agent else "rank 0"
+        return Verdict(f"stopped, because {who} {how}: {self._advice()}")
 
     def _death(self, link: Link, beats: list[Beat], how: str) -> Verdict:
         link.dead = tuple(beat.rank for beat in beats)
@@ -284,7 +285,7 @@ class Watch:
         self._report(self._line(verdict))
         self._self = replace(self._self, state=LEFT)
         if self._link is not None:
-            self._link.leave()
+            self._link.leave(1.0 if self._unanswered > _BROKEN_S else _ANSWER_S)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(verdict.code)

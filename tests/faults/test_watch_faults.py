@@ -37,7 +37,7 @@ def killed_in(loop: str, dead: int) -> Callable[[Ranks], None]:
             for step in (1, 2, 3):
                 watch.at(f"step {step}")
                 dist.all_reduce(torch.ones(2))
-                time.sleep(0.6)
+                time.sleep(0.3)
             while True:
                 if ranks.rank == dead:
                     time.sleep(1.2)  # the others enter what they will be stuck in
@@ -63,13 +63,14 @@ def check_death(ended: list[Ended], dead: int, how: str = "died") -> None:
         assert process.said[0].endswith(f"then continue with {RESUME}")
 
 
-@pytest.mark.parametrize(("loop", "dead"), [("collective", 1), ("stuck", 0)])
+@pytest.mark.parametrize(("loop", "dead"), [("collective", 0), ("stuck", 1)])
 def test_a_killed_rank_ends_the_other(tmp_path: Path, loop: str, dead: int) -> None:
     ended = run_ranks(tmp_path, 2, killed_in(loop, dead))
     assert ended[dead].code == -signal.SIGKILL
     check_death(ended, dead)
     # the main thread ends with the sentence if it can; the watch speaks for the one that is stuck
     assert ended[1 - dead].code == (2 if loop == "collective" else 1)
+    assert "frame #" not in ended[1 - dead].text  # the sentence is not buried under PyTorch's
 
 
 @pytest.mark.slow
@@ -81,7 +82,8 @@ def test_a_killed_rank_ends_three_others(tmp_path: Path, loop: str, dead: int) -
     check_death(ended, dead)
 
 
-@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_counts_as_lost(tmp_path: Path, stopped: int) -> None:
     def work(ranks: Ranks) -> None:
         watch = watch_of(ranks)
@@ -106,7 +108,7 @@ def overslept() -> None:
 
 def hang(world: int, folder: Path, asleep: int) -> list[Ended]:
     def work(ranks: Ranks) -> None:
-        watch = watch_of(ranks, timeout=2.0)
+        watch = watch_of(ranks, timeout=1.5)
 
         def train() -> None:
             watch.at("evaluation after step 7" if ranks.rank == asleep else "step 8")
@@ -141,7 +143,7 @@ def test_a_hang_is_one_table_that_names_who_is_behind(tmp_path: Path, world: int
         assert lines == [f"rank {rank}: stopped, because nothing moved for 2 s; rank 0 says where everybody is"]
 
 
-@pytest.mark.parametrize(("world", "bad"), [(2, 1), *(pytest.param(4, r, marks=pytest.mark.slow) for r in (0, 2))])
+@pytest.mark.parametrize(("world", "bad"), [(2, 0), *(pytest.param(4, r, marks=pytest.mark.slow) for r in (0, 2))])
 def test_the_others_are_told_why_a_rank_failed(tmp_path: Path, world: int, bad: int) -> None:
     def work(ranks: Ranks) -> None:
         with watch_of(ranks) as watch:
@@ -163,19 +165,6 @@ def test_the_others_are_told_why_a_rank_failed(tmp_path: Path, world: int, bad: 
             assert [line.removeprefix("error: ") for line in process.said] == [sentence]
             assert process.code in (2, 7) and (process.code == 2) == process.said[0].startswith("error: ")
             assert process.seconds < 30
-
-
-def test_a_forced_end_has_the_code_of_the_failed_rank(tmp_path: Path) -> None:
-    def work(ranks: Ranks) -> None:
-        with watch_of(ranks) as watch:
-            if ranks.rank == 0:
-                watch.failed("no", code=7)
-                raise ValueError("no")
-            block_for_ever()
-
-    ended = run_ranks(tmp_path, 2, work)
-    assert [process.code for process in ended] == [1, 7]
-    assert ended[1].said == ["rank 1: stopped, because rank 0 failed: no"]
 
 
 @pytest.mark.slow
