@@ -133,17 +133,10 @@ class Link:
         self._posted = json.dumps(asdict(verdict)) if verdict else ""
         self._wake.set()
 
-    def hurry(self, patience: float = 3.0) -> None:
-        """Have the next beat, made from here on, sent at once; returns when it is, or after `patience` seconds."""
-        wanted, until = self.rounds + 2, time.monotonic() + patience
-        while self.rounds < wanted and self._thread.is_alive() and time.monotonic() < until:
-            self._wake.set()
-            time.sleep(0.01)
-
     def leave(self, patience: float) -> None:
         """Send the last beat and end the thread.
 
-        If the store is in this process it stays until the others know that it goes, up to `patience` seconds.
+        If the store is in this process it stays until the others know that it goes, for `patience` seconds at most.
         """
         self._leave_by = time.monotonic() + patience
         self._wake.set()

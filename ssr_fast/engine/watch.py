@@ -106,7 +106,7 @@ class Watch:
         self._place = (place,)  # a new object each time: that is how the thread sees the call
 
     def failed(self, sentence: str, code: int = 1) -> None:
-        """Tell the others that this process ends by an error of its own. Does nothing if it ends because of another.
+        """Tell the others, by the next beat, that this process ends by an error of its own, if it is its own.
 
         Args:
             sentence: why, for the user; lines are joined.
@@ -115,7 +115,6 @@ class Watch:
         if self._link is None or self._verdict is not None or self._over.is_set():
             return
         self._self = replace(self._self, state=FAILED, sentence="; ".join(sentence.splitlines()), code=code)
-        self._link.hurry()
 
     def explain(self, error: BaseException) -> UserError | None:
         """Why the training loop broke, if another process is the reason; waits until that is known.

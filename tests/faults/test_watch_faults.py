@@ -5,12 +5,14 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from ssr_fast.engine import beats, watch
 from ssr_fast.engine.ranks import Ranks
 from ssr_fast.engine.watch import Watch
 from tests.engine.watched import Ended, block_for_ever, guarded, run_ranks
@@ -20,10 +22,11 @@ LOOPS: dict[str, Callable[[], None]] = {
     "collective": lambda: dist.all_reduce(torch.ones(2)),
     "python": lambda: time.sleep(0.01),
     "stuck": block_for_ever,
+    "store": lambda: dist.distributed_c10d._get_default_store().wait(["never"]),  # over the main thread's connection
 }
 
 
-def watch_of(ranks: Ranks, timeout: float = 0.0) -> Watch:
+def watching(ranks: Ranks, timeout: float = 0.0) -> Watch:
     return Watch(ranks, timeout=timeout, resume=RESUME, lost=4.0, grace=1.0)
 
 
@@ -31,11 +34,11 @@ def killed_in(loop: str, dead: int) -> Callable[[Ranks], None]:
     """Work in which rank `dead` kills itself in step 3, after everybody has been seen."""
 
     def work(ranks: Ranks) -> None:
-        watch = watch_of(ranks)
+        own = watching(ranks)
 
         def train() -> None:
             for step in (1, 2, 3):
-                watch.at(f"step {step}")
+                own.at(f"step {step}")
                 dist.all_reduce(torch.ones(2))
                 time.sleep(0.3)
             while True:
@@ -44,7 +47,7 @@ def killed_in(loop: str, dead: int) -> Callable[[Ranks], None]:
                     os.kill(os.getpid(), signal.SIGKILL)
                 LOOPS[loop]()
 
-        guarded(watch, train)
+        guarded(own, train)
 
     return work
 
@@ -86,20 +89,32 @@ def test_a_killed_rank_ends_three_others(tmp_path: Path, loop: str, dead: int) -
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_counts_as_lost(tmp_path: Path, stopped: int) -> None:
     def work(ranks: Ranks) -> None:
-        watch = watch_of(ranks)
+        own = watching(ranks)
 
         def train() -> None:
-            watch.at("step 3")
+            own.at("step 3")
             dist.all_reduce(torch.ones(2))
             time.sleep(1.5)
             if ranks.rank == stopped:
                 os.kill(os.getpid(), signal.SIGSTOP)
             dist.all_reduce(torch.ones(2))
 
-        guarded(watch, train)
+        guarded(own, train)
 
     ended = run_ranks(tmp_path, 2, work, leave=(stopped,))
     check_death(ended, stopped, how="has not answered for 4 s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_that_is_killed_on_another_machine_is_missed(
+    tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = beats.introduce
+    monkeypatch.setattr(watch, "introduce", lambda rank: replace(real(rank), machine=f"machine {rank}"))
+    ended = run_ranks(tmp_path, 2, killed_in("stuck", dead))
+    # the store is in rank 0
+    check_death(ended, dead, how="has not answered for 4 s" if dead else "cannot be reached any more")
 
 
 def overslept() -> None:
@@ -108,15 +123,15 @@ def overslept() -> None:
 
 def hang(world: int, folder: Path, asleep: int) -> list[Ended]:
     def work(ranks: Ranks) -> None:
-        watch = watch_of(ranks, timeout=1.5)
+        own = watching(ranks, timeout=1.5)
 
         def train() -> None:
-            watch.at("evaluation after step 7" if ranks.rank == asleep else "step 8")
+            own.at("evaluation after step 7" if ranks.rank == asleep else "step 8")
             if ranks.rank == asleep:
                 overslept()
             dist.all_reduce(torch.ones(2))
 
-        guarded(watch, train)
+        guarded(own, train)
 
     return run_ranks(folder, world, work)
 
@@ -146,16 +161,16 @@ def test_a_hang_is_one_table_that_names_who_is_behind(tmp_path: Path, world: int
 @pytest.mark.parametrize(("world", "bad"), [(2, 0), *(pytest.param(4, r, marks=pytest.mark.slow) for r in (0, 2))])
 def test_the_others_are_told_why_a_rank_failed(tmp_path: Path, world: int, bad: int) -> None:
     def work(ranks: Ranks) -> None:
-        with watch_of(ranks) as watch:
-            watch.at("step 1")
+        with watching(ranks) as own:
+            own.at("step 1")
             dist.all_reduce(torch.ones(2))
             try:
                 if ranks.rank == bad:
-                    watch.failed("street.png cannot be read\nrepair it", code=7)
+                    own.failed("street.png cannot be read\nrepair it", code=7)
                     raise ValueError("street.png")
                 (block_for_ever if ranks.rank == world - 1 else lambda: dist.all_reduce(torch.ones(2)))()
             except RuntimeError as error:
-                raise watch.explain(error) or error from error
+                raise own.explain(error) or error from error
 
     ended = run_ranks(tmp_path, world, work)
     assert ended[bad].code == 1 and "ValueError: street.png" in ended[bad].text
@@ -173,9 +188,9 @@ def test_a_suspended_group_goes_on_when_it_wakes(tmp_path: Path) -> None:
     pids.mkdir()
 
     def work(ranks: Ranks) -> None:
-        with watch_of(ranks, timeout=3.0) as watch:
+        with watching(ranks, timeout=3.0) as own:
             for step in range(16):
-                watch.at(f"step {step}")
+                own.at(f"step {step}")
                 dist.all_reduce(torch.ones(2))
                 (pids / f"{os.getpid()}").touch()
                 time.sleep(0.5)
