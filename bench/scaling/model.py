@@ -27,7 +27,8 @@ operator and collective: no step is shorter than that.
     efficiency = T / step(N); above 100 % if the update that is saved is more than what is added
 
 Left out: NCCL's trees, NVLink SHARP and in-network reduction, other jobs' traffic, the loader's and the file system's
-limits, evaluation, checkpoints. The assumed numbers are within what is usual, and fitted to no measurement.
+limits, evaluation, checkpoints. The assumed numbers come from no measurement: they are within what is usual, and
+latency, efficiency of links and delay are such that ddp agrees with the estimate that the project was planned with.
 """
 
 import math
@@ -188,9 +189,17 @@ class _Links:
         seconds = inside * size / self.nvlink + outside * size / self.nics + hops
         return self._of(seconds, (self.gpus - 1) / self.gpus * size, self.gpus)
 
+    def reduce_to_parts(self, size: float) -> _Traffic:
+        """Sums over all GPUs, each with its machine's n-th of them."""
+        return self.within(size) + (self.between(size) * 2).as_one()
+
+    def all_reduce(self, size: float) -> _Traffic:
+        """Sums over all GPUs, each with all of them, in one call."""
+        return (self.within(size) * 2 + self.between(size) * 2).as_one()
+
     def small(self) -> float:
         """Seconds of a blocking all-reduce of a few bytes."""
-        return (self.within(0) * 2 + self.between(0) * 2).seconds
+        return self.all_reduce(0).seconds
 
     def _of(self, seconds: float, sent: float, members: int) -> _Traffic:
         return _Traffic(self.assumed.launch + seconds, sent, 1) if members > 1 else _Traffic()
@@ -237,20 +246,17 @@ def _traffic(plan: Plan, mode: str, links: _Links) -> tuple[_Traffic, float, flo
     working = WORKING_BYTES * plan.network.parameters
     assumed = plan.assumptions
     if mode in ("ddp", "zero1"):
-        buckets = math.ceil(gradients / BUCKET)
-        size = gradients / buckets
+        buckets, last = math.ceil(gradients / BUCKET), min(gradients, BUCKET)
         hidden = assumed.overlap * assumed.backward * plan.step
-        across = (links.between(size) * 2).as_one()
-        if mode == "ddp":
-            bucket = (links.within(size) * 2 + across).as_one()
-            return bucket * buckets, bucket.seconds, hidden
-        bucket, gather = links.within(size) + across, links.within(working)
-        return bucket * buckets + gather, bucket.seconds + gather.seconds, hidden
+        reduce = links.all_reduce if mode == "ddp" else links.reduce_to_parts
+        gather = links.within(working) if mode == "zero1" else _Traffic()
+        total = reduce(gradients / buckets) * buckets + gather
+        return total, reduce(last).seconds + gather.seconds, hidden
     half = links.over_all if mode == "fsdp" else links.within
     units = plan.network.units
     gather, scatter = half(working / units), half(gradients / units)
     if mode == "hsdp":
-        scatter += (links.between(gradients / units) * 2).as_one()
+        scatter = links.reduce_to_parts(gradients / units)
     return (gather * 3 + scatter) * units, gather.seconds + scatter.seconds, assumed.overlap * plan.step
 
 
