@@ -2,8 +2,9 @@
 
 On a GPU if there is one, else the small cases on the CPU. Exit code 0: everything that can run here ran and is right;
 1: a provider raised or returned a wrong result; 2: a mistake on the command line. `python -m bench ledger` times
-nothing and counts what a training step asks of the device, `python -m bench step` times whole training steps,
-`python -m bench sam` compares encoders of SAM (--help of each says more).
+nothing and counts what a training step asks of the device, `python -m bench scaling` models several GPUs,
+`python -m bench step` times whole training steps, `python -m bench sam` compares encoders of SAM (--help of each says
+more).
 """
 
 import argparse
@@ -30,6 +31,10 @@ BENCHES: tuple[Bench, ...] = (
 COMMANDS = {
     "ledger": ("bench.ledger.__main__", "a training step counted at full size: operators, syncs, bytes"),
     "step": ("bench.step", "a training step timed, the released loop's and ours, lever by lever"),
+    "scaling": (
+        "bench.scaling.__main__",
+        "several GPUs, by a model from one GPU's step: efficiency, hours, what to use",
+    ),
     "loader": ("bench.loader", "input pipelines: torchvision's and ours, samples a second, CPU time, memory"),
     "sam": ("bench.sam", "encoders of SAM: segment-anything's, compiled, transformers', ours in each form"),
 }
