@@ -216,8 +216,7 @@ class Session:
         Raises:
             Stopped, UserError: see `train`.
         """
-        stage, several = STAGE_NAMES[name], len(self.config.stages()) > 1
-        config, shared = self.config, self._shared_steps()
+        stage, config, shared = STAGE_NAMES[name], self.config, self._shared_steps()
         features, stored = None, None
         if name == "ssr" and self.domains.features is not None:
             features, stored = stored_features(config, self.domains, self.device)

@@ -67,6 +67,14 @@ class MemoryUse:
         return min(1.0, max(0, self.room) / own) if own > 0 else None
 
 
+def begin_measuring(device: torch.device) -> int:
+    """Bytes that PyTorch holds on a GPU as a step begins, from which its peak is measured; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
 def requested_bytes(error: BaseException) -> int:
     """Bytes that could not be allocated, from PyTorch's message; 0 if it does not say."""
     found = _REQUEST.search(str(error))

@@ -244,7 +244,7 @@ def _averaged(state: tuple[torch.dtype, int], bucket: dist.GradBucket) -> torch.
     dtype, world = state
     gradients = bucket.buffer()
     summed = gradients.to(dtype).div_(world) if gradients.dtype != dtype else gradients.div_(world)
-    future = dist.all_reduce(summed, async_op=True).get_future()  # type: ignore[union-attr]
+    future = dist.all_reduce(summed, async_op=True).get_future()
 
     def back(done: torch.futures.Future[list[Tensor]]) -> Tensor:
         return gradients.copy_(done.value()[0]) if summed is not gradients else gradients

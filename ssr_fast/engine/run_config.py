@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from ssr_fast.engine.attention import ATTENTIONS
+from ssr_fast.engine.checkpoint import ON_ERROR
 from ssr_fast.engine.precision import PRECISIONS
 
 GRAPHS = ("auto", "off")
-ON_SAVE_ERROR = ("stop", "continue")
 
 
 @dataclass(kw_only=True)
@@ -67,8 +67,8 @@ class RunConfig:
             found.append(f"--{where}.graph must be {' or '.join(GRAPHS)} (it is {self.graph})")
         if self.attention not in ATTENTIONS:
             found.append(f"--{where}.attention must be one of {', '.join(ATTENTIONS)} (it is {self.attention})")
-        if self.on_save_error not in ON_SAVE_ERROR:
-            found.append(f"--{where}.on_save_error must be {' or '.join(ON_SAVE_ERROR)} (it is {self.on_save_error})")
+        if self.on_save_error not in ON_ERROR:
+            found.append(f"--{where}.on_save_error must be {' or '.join(ON_ERROR)} (it is {self.on_save_error})")
         kind = self.device.partition(":")[0]
         if kind not in ("auto", "cpu", "cuda"):
             found.append(f"--{where}.device must be auto, cpu, cuda or cuda:N (it is {self.device})")

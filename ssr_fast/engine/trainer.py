@@ -19,6 +19,7 @@ from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.compiling import CompiledStep, RunStep
 from ssr_fast.engine.data_clock import DataClock
 from ssr_fast.engine.guard import StopSignal
+from ssr_fast.engine.memory import MemoryUse, begin_measuring, out_of_memory
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig, optimizer_state
 from ssr_fast.engine.parallel import Wrapped
@@ -69,8 +70,8 @@ class Trainer:
 
     Args:
         method: the nets and their loss, on `device`; or as `wrap` has given it.
-        load: (first step, last step) -> batches of the steps in between, on the host; closed if it can be. A batch holds
-            all micro-batches of this rank's step.
+        load: (first step, last step) -> batches of the steps in between, on the host; closed if it can be. A batch
+            holds all micro-batches of this rank's step.
         evaluate: (student, called after each image) -> scores on the target; None without labelled target images.
         run, optim, guard: the options.
         store: checkpoints of this stage.
@@ -202,8 +203,27 @@ class Trainer:
             raise Stopped(name, self.done)
 
     def train_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """One optimiser step on a batch on the device; returns the terms for the log, still on the device."""
-        return self._run_step(batch, step)
+        """One optimiser step on a batch on the device; returns the terms for the log, still on the device.
+
+        Raises:
+            UserError: it does not fit into the GPU's memory.
+        """
+        held = begin_measuring(self.device)
+        try:
+            return self._run_step(batch, step)
+        except torch.OutOfMemoryError as error:
+            if self.device.type != "cuda":
+                raise
+            height, width = batch.target_valid.shape[1:]
+            raise out_of_memory(
+                error,
+                used=MemoryUse.read(error, self.device, held),
+                batch_size=len(batch.target_valid) // self.optim.accumulate,
+                accumulate=self.optim.accumulate,
+                crop=(height, width),
+                recompute=self.run.recompute_blocks,
+                where=f"step {step + 1} on {self.device}",
+            ) from error
 
     def save(self, final: bool = False) -> None:
         """Write a checkpoint of the finished steps; a final one must succeed, whatever the options."""

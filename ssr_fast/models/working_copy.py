@@ -44,18 +44,18 @@ class WorkingCopy(nn.Module):
     @torch.no_grad()
     def hand_over(self) -> None:
         """Add the gradients to the master's, in its precision, and keep none."""
-        fresh: list[tuple[Tensor, Tensor]] = []
-        known: list[tuple[Tensor, Tensor]] = []
+        fresh: tuple[list[Tensor], list[Tensor]] = [], []
+        known: tuple[list[Tensor], list[Tensor]] = [], []
         for master, working in zip(self._masters, self._working, strict=True):
             if working.grad is None:
                 continue
+            mine, theirs = fresh if master.grad is None else known
             if master.grad is None:
                 master.grad = torch.empty_like(master)
-                fresh.append((master.grad, working.grad))
-            else:
-                known.append((master.grad, working.grad))
+            mine.append(master.grad)
+            theirs.append(working.grad)
             working.grad = None
-        if fresh:
-            torch._foreach_copy_(*map(list, zip(*fresh, strict=True)))
-        if known:
-            torch._foreach_add_(*map(list, zip(*known, strict=True)))
+        if fresh[0]:
+            torch._foreach_copy_(*fresh)
+        if known[0]:
+            torch._foreach_add_(*known)
