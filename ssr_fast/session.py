@@ -102,8 +102,11 @@ class Session:
         self.evaluator = self._evaluator()
         self.summary = self.ranks.on_first(self._read_summary)
 
-    def train(self) -> dict[str, Any]:
+    def train(self, stop: StopSignal | None = None) -> dict[str, Any]:
         """Train every stage that is not finished, then write pictures, the model and the report; the summary.
+
+        Args:
+            stop: the signals to this process, if it listens to them already.
 
         Raises:
             Stopped: a signal asked for it and the state was saved.
@@ -116,7 +119,7 @@ class Session:
             self.say(
                 f"the first {self._shared_steps()} steps of source_only and self_training are the same: trained once"
             )
-        with StopSignal() as stop:
+        with StopSignal() if stop is None else contextlib.nullcontext(stop) as stop:
             if self._in_processes():
                 self._train_side_by_side(pending, stop)
             else:

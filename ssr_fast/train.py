@@ -12,6 +12,7 @@ from ssr_fast.engine import fork_server
 
 if TYPE_CHECKING:
     from ssr_fast.config import TrainConfig
+    from ssr_fast.engine.guard import StopSignal
     from ssr_fast.engine.ranks import Ranks
 
 COMPARISONS = ("demo", "camvid-day-dusk")
@@ -41,11 +42,17 @@ def main(argv: list[str]) -> int:
     gc.freeze()
     gc.enable()
     config, preset, resume = configure(argv)
-    return together(config.run, config.parallel, lambda ranks, at: _train(config, preset, resume, argv, ranks, at))
+    return together(config.run, config.parallel, lambda *run: _train(config, preset, resume, argv, *run))
 
 
 def _train(
-    config: "TrainConfig", preset: str, resume: bool, argv: list[str], ranks: "Ranks", at: "Callable[[str], None]"
+    config: "TrainConfig",
+    preset: str,
+    resume: bool,
+    argv: list[str],
+    ranks: "Ranks",
+    at: "Callable[[str], None]",
+    stop: "StopSignal | None",
 ) -> int:
     """What one of the processes does; the exit code. Rank 0 says what there is to say."""
     from ssr_fast.engine.trainer import Stopped
@@ -56,7 +63,7 @@ def _train(
     stages = ", ".join(config.stages())
     session.say(f"{preset}: {stages} on {session.device}{several} in {session.precision}, writing {session.folder}")
     try:
-        summary = session.train()
+        summary = session.train(stop)
     except Stopped as stopped:
         name, step = stopped.args
         if ranks.first:

@@ -1,8 +1,10 @@
 """A run of one process or many from its beginning to its end: they meet, work, and fall or finish together."""
 
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
+from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.parallel import ParallelConfig
 from ssr_fast.engine.ranks import Ranks, join
 from ssr_fast.engine.run_config import RunConfig, pick_device
@@ -10,14 +12,16 @@ from ssr_fast.engine.watch import Watch
 from ssr_fast.errors import UserError
 
 T = TypeVar("T")
+Work = Callable[[Ranks, Callable[[str], None], StopSignal | None], T]
 
 
-def together(run: RunConfig, parallel: ParallelConfig, work: Callable[[Ranks, Callable[[str], None]], T]) -> T:
+def together(run: RunConfig, parallel: ParallelConfig, work: Work[T]) -> T:
     """Meet the other processes, if there are any, and do the work under watch.
 
     Args:
         run, parallel: the run's options.
-        work: (ranks, told what the main thread is about to do) -> result.
+        work: (ranks, told what the main thread is about to do, the signals to this process if it listens already) ->
+            result.
 
     Returns:
         what `work` returned.
@@ -27,9 +31,13 @@ def together(run: RunConfig, parallel: ParallelConfig, work: Callable[[Ranks, Ca
             and empty where another rank tells it.
     """
     ranks = join(pick_device(run.device).type, group=parallel.mode in ("ddp", "fsdp", "hsdp"))
-    with Watch(ranks, timeout=parallel.hang_timeout, resume=f"--resume {run.dir}") as watch:
+    with (
+        # around all: torchrun sends SIGTERM to those that are left, and they still have to say why
+        StopSignal() if ranks.world > 1 else contextlib.nullcontext() as stop,
+        Watch(ranks, timeout=parallel.hang_timeout, resume=f"--resume {run.dir}") as watch,
+    ):
         try:
-            result = work(ranks, watch.at)
+            result = work(ranks, watch.at, stop)
         except Exception as error:
             if getattr(error, "told_elsewhere", False):
                 raise UserError("") from error
