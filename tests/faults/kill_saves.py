@@ -153,7 +153,7 @@ def live(folder: Path, ranks: Ranks, life: int, plan: random.Random, doom: Doom 
     if doom is not None and doom.operation is not None and doom.rank == ranks.rank:
         die_at(doom.operation, folder / "checkpoints", doom.everyone)
     known, every = None, plan.choice([1, 2])
-    if path is not None and plan.random() < 0.3:
+    if path is not None and plan.random() < 0.5:
         store.save(tree["step"], tree)  # a checkpoint that stands is replaced
     (folder / f"begun-{ranks.rank}").touch()
     while last is None or tree["step"] < last:
@@ -293,7 +293,9 @@ def kill_saves(folder: Path, kills: int, world: int, seed: int) -> Tally:
         life += 1
         by_time = draw.random() < 0.5
         everyone = world == 1 or draw.random() < 0.5
-        seconds, operation = (draw.uniform(0, 0.15), None) if by_time else (None, draw.randrange(1, 100))
+        seconds, operation = (
+            (draw.uniform(0, 0.15), None) if by_time else (None, draw.randrange(1, draw.choice([30, 100])))
+        )
         doom = Doom(draw.randrange(world), everyone, seconds, operation)
         codes = live_and_die(folder, world, life, f"{seed}-{life}", doom, tally)
         tally.kills += 1

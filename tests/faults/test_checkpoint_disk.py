@@ -56,6 +56,18 @@ def test_a_full_disk_and_the_run_goes_on(disk: Path, background: bool) -> None:
     assert len(told) == 1 and sorted(os.listdir(disk)) == ["step-1", "step-3"]
 
 
+def test_the_last_whole_checkpoint_is_not_one_that_was_cut_short(disk: Path) -> None:
+    store, told = _store(disk, "continue")
+    for step in (1, 2):
+        store.save(step, _state(step))
+    store.wait()
+    file = disk / "step-2" / "__0_0.distcp"
+    os.truncate(file, file.stat().st_size - 1)
+    store.save(3, _state(3, 100_000))
+    store.wait()
+    assert len(told) == 1 and told[0].endswith("the last whole checkpoint is step-1"), told
+
+
 def test_a_full_disk_stops_the_run_at_the_next_save(disk: Path) -> None:
     store, told = _store(disk, "stop")
     store.save(1, _state(1))
