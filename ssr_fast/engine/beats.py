@@ -27,7 +27,7 @@ class Beat:
         place: what its main thread is in, for `seconds`.
         count: grows with each beat.
         state: "running", "left" (in good order) or "failed", with the reason and the exit code.
-        told: it knows why the run ends, or that rank 0 has left: rank 0 need not stay for it.
+        told: it knows why the run ends, or that rank 0 has left: nobody need stay for it.
         frames: its main thread's innermost frames, innermost first; empty unless asked for.
     """
 
@@ -115,7 +115,7 @@ class Link:
         self.error: str | None = None
         """Why the store cannot be reached any more."""
         self._beat = beat
-        self._posted = ""
+        self._posted, self._failed = "", False
         self._leave_by: float | None = None
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="watch: beats", daemon=True)
@@ -136,7 +136,7 @@ class Link:
     def leave(self, patience: float) -> None:
         """Send the last beat and end the thread.
 
-        If the store is in this process it stays until the others know that it goes, for `patience` seconds at most.
+        A process that the others need stays until they know why it goes, for `patience` seconds at most.
         """
         self._leave_by = time.monotonic() + patience
         self._wake.set()
@@ -146,8 +146,10 @@ class Link:
         try:
             while True:
                 leave_by = self._leave_by  # looked at before the round, so that the last one sends the last beat
-                self._round()
+                beat = self._round()
                 self.rounds += 1
+                if beat.told and self.verdict is not None and self.verdict.sentence:
+                    return  # the leader knows that we know: all is said, and the store may end at any time
                 if leave_by is not None and (time.monotonic() > leave_by or self._may_leave()):
                     return
                 self._wake.wait(BEAT_S if leave_by is None else 0.1)
@@ -155,8 +157,9 @@ class Link:
         except RuntimeError as error:  # all that the store raises
             self.error = str(error)
 
-    def _round(self) -> None:
+    def _round(self) -> Beat:
         beat = self._beat()
+        self._failed = beat.state == FAILED
         if 0 in self.beats and not self.agent and vanished(self.beats[0], beat.machine):
             raise RuntimeError("the process that held the store has ended")  # PyTorch would print a stack of its own
         if self.leader == self.rank:
@@ -175,6 +178,7 @@ class Link:
         self.gone = tuple(rank for rank in ended if self.beats[rank].state == RUNNING)
         while self.leader != self.rank and self._left(self.leader):
             self.leader += 1
+        return beat
 
     def _read(self, ranks: list[int]) -> None:
         ranks = [rank for rank in ranks if rank in self.beats or self._store.check([f"beat/{rank}"])]
@@ -187,6 +191,9 @@ class Link:
         return rank in self.beats and self.beats[rank].state == LEFT
 
     def _may_leave(self) -> bool:
-        if self.rank != 0 or self.agent:
+        """Whether nobody needs this process any more, or the store, which may end with it or soon after."""
+        holds = self.rank == 0 and not self.agent
+        tells = self._failed or (self.leader == self.rank and self._posted)
+        if not holds and not tells:
             return True
         return all(beat.told or beat.state != RUNNING or rank in self.dead for rank, beat in self.beats.items())

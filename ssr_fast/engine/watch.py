@@ -19,8 +19,7 @@ from ssr_fast.errors import UserError
 LOST = 15.0
 GRACE = 10.0
 _TICK_S = 0.5
-_ANSWER_S = 5.0  # for the other processes' frames; one that does not answer is in a call that lets no thread run
-_BROKEN_S = 3.0  # between a broken connection to the store and the end of its process being seen
+_ANSWER_S = 5.0  # for the other processes; one that does not answer is in a call that lets no thread run
 _END_S = 20.0  # for a main thread that knows why the run ends
 _CONNECTION = re.compile(r"gloo|nccl|c10d|connection|socket|broken pipe|process ?group|collective|time(d )?out", re.I)
 
@@ -92,7 +91,7 @@ class Watch:
         if self._self.state == RUNNING:
             self._self = replace(self._self, state=LEFT)
         if self._link is not None:
-            self._link.leave(1.0 if self._unanswered > _BROKEN_S else _ANSWER_S)
+            self._link.leave(_ANSWER_S)
             if self._verdict is not None or self._self.state == FAILED:
                 # what still belongs to the group, such as NCCL's own shutdown, may wait for the dead for ever
                 _end_in(_END_S, self._self.code if self._verdict is None else self._verdict.code)
@@ -200,10 +199,9 @@ class Watch:
         first = link.beats.get(0)
         if link.leader > 0:
             return None
-        quiet = self._unanswered >= _BROKEN_S
-        if first is not None and (link.error is not None or quiet) and vanished(first, self._self.machine):
+        if first is not None and link.error is not None and vanished(first, self._self.machine):
             return self._death(link, [first], "died")
-        if self._unanswered < self._lost and (link.error is None or not quiet):
+        if self._unanswered < self._lost:
             return None
         how = f"has not answered for {self._lost:.0f} s" if link.error is None else "cannot be reached any more"
         if first is not None and not link.agent:
@@ -284,7 +282,7 @@ class Watch:
         self._report(self._line(verdict))
         self._self = replace(self._self, state=LEFT)
         if self._link is not None:
-            self._link.leave(1.0 if self._unanswered > _BROKEN_S else _ANSWER_S)
+            self._link.leave(_ANSWER_S)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(verdict.code)

@@ -161,6 +161,9 @@ def test_a_hang_is_one_table_that_names_who_is_behind(tmp_path: Path, world: int
 @pytest.mark.parametrize(("world", "bad"), [(2, 0), *(pytest.param(4, r, marks=pytest.mark.slow) for r in (0, 2))])
 def test_the_others_are_told_why_a_rank_failed(tmp_path: Path, world: int, bad: int) -> None:
     def work(ranks: Ranks) -> None:
+        with watching(ranks):  # an earlier stage: its farewells must not be taken for those of this one
+            ranks.barrier()
+        time.sleep(0.5 if ranks.rank == bad else 0.0)
         with watching(ranks) as own:
             own.at("step 1")
             dist.all_reduce(torch.ones(2))
