@@ -139,6 +139,8 @@ def join(device_type: str, group: bool = False) -> Ranks:
             )
         gpu = torch.device("cuda", local)
         torch.cuda.set_device(gpu)
+        # else NCCL ends the processes that are left when one dies, before they can say which
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=PATIENCE)
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size(), local, control)

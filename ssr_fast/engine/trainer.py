@@ -295,6 +295,7 @@ class Trainer:
         self.log.evaluation(self.done, self.scores.miou, self.scores.per_class)
 
     def _after_image(self) -> None:
+        self.at(f"evaluation after step {self.done}")
         name = self.vote()
         if name is not None:
             raise _StopHere(name)

@@ -165,7 +165,7 @@ class Method(nn.Module):
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Loss terms of a step, scalars; "loss" is what is differentiated, the others are for the log."""
         self.begin(step)
-        self.draw(torch.tensor(step_key(self.seed, step, self.rank), device=self.key.device))
+        self.draw(torch.full((), step_key(self.seed, step, self.rank), dtype=torch.int64, device=self.key.device))
         return self.compute(batch, self.begun(step))
 
     def compute(self, batch: Batch, begun: bool) -> dict[str, Tensor]:
