@@ -44,7 +44,8 @@ class Run:
         """The number of collectives of the guard's own step.
 
         Args:
-            bad: what is wrong on this rank: its batch, its gradient, its loss, or that is a spike.
+            bad: what is wrong on this rank: its batch, its gradient or its shard of that, its loss, or that is a
+                spike.
         """
         images, total = draw(seed, self.ranks.rank), torch.zeros(())
         if bad == "batch":
@@ -59,6 +60,8 @@ class Run:
         if not self.sharded:
             for parameter in self.net.parameters():
                 self.ranks.mean_(parameter.grad)
+        if bad == "shard":
+            self.net[0].weight.grad.to_local()[-1] = math.nan
         with CommDebugMode() as told:
             self.guard.step(total + ADDED.get(bad, 0.0))
         self.optimizer.zero_grad(set_to_none=True)
@@ -82,15 +85,17 @@ def check_equal_on_all(tensors: dict[str, Tensor]) -> None:
     assert [differing(everyone[0], theirs) for theirs in everyone] == [[]] * len(everyone)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+CASES = [(bad, sharded) for bad in ("batch", "gradient", "loss", "spike") for sharded in (False, True)]
+
+
 @pytest.mark.parametrize("shares", [1, 2])
-@pytest.mark.parametrize("bad", ["batch", "gradient", "loss", "spike"])
+@pytest.mark.parametrize(("bad", "sharded"), [*CASES, ("shard", True)])
 def test_what_is_bad_on_one_rank_undoes_the_step_on_both(bad: str, shares: int, sharded: bool, tmp_path: Path) -> None:
     def work(ranks: Ranks) -> None:
         run = Run(ranks, sharded, shares)
         told = [run.step(seed) for seed in range(6)]
         before = run.snapshot()
-        check_equal_on_all(before)
+        check_equal_on_all({**before, "norm": run.guard.grad_norm.clone()})
         assert int(run.guard.skipped) == 0 and before["1.running_mean"].ne(0).all()
         told.append(run.step(6, bad if ranks.rank == 1 else None))
         after = run.snapshot()

@@ -121,6 +121,10 @@ def test_shares_that_do_not_add_up_are_errors() -> None:
     run.guard.next_share()
     with pytest.raises(RuntimeError, match="between the 2 share"):
         run.guard.next_share()
+    run = Run(2)
+    run.step(draw(0))
+    with pytest.raises(RuntimeError, match="before_forward"):
+        run.guard.step()
     alone = Run()
     alone.guard.before_forward()
     with pytest.raises(RuntimeError, match="between the 1 share"):
