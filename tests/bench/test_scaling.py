@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,3 +322,12 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys):
 def test_it_is_listed(capsys):
     assert main(["--list"]) == 0
     assert "python -m bench scaling --help" in capsys.readouterr().out
+
+
+def test_the_page_shows_what_is_printed(capsys):
+    assert run() == 0
+    page = (Path(__file__).parents[2] / "docs" / "several-gpus.md").read_text(encoding="utf-8")
+    rows = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.startswith(("│", "MODEL"))]
+    assert len(rows) == 1 + 1 + 13 + 1 + 4
+    assert [row for row in rows if row not in page] == []
+    assert "**Nothing below was measured on several GPUs.**" in page
