@@ -87,7 +87,7 @@ def step_time(results: Path, batch: int, crop: int) -> Input:
     size = f"MiT-B5, {batch}+{batch}@{crop}"
     found = [made for path in sorted(results.glob("step-*.json")) if (made := _measured_step(path, size))]
     if found:
-        return max(found)[1]
+        return max(found, key=lambda one: one[0])[1]
     if (batch, crop) in PREDICTED_MS:
         detail = "not measured; from counted operators and bytes, an H100's, +-30 %"
         return Input("step", PREDICTED_MS[batch, crop], "ms", "predicted", detail)

@@ -237,6 +237,9 @@ def test_a_measured_step_is_picked_up_and_named(tmp_path, capsys):
     assert step_time(folder, 8, 512).source == "predicted"  # another size than was measured
     results(folder, "newer", ms=30.0, date="2027-05-01T00:00:00+00:00")
     assert step_time(folder, 2, 512).value == pytest.approx(30.0)
+    results(folder, "zz newest", ms=28.0, date="2027-06-01T00:00:00+00:00")
+    results(folder, "zz newest too", ms=28.0, date="2027-06-01T00:00:00+00:00")
+    assert step_time(folder, 2, 512).value == pytest.approx(28.0)
     assert run("--step-ms", "50", "--json", str(file)) == 0
     assert sources(json.loads(file.read_text()))["step"]["source"] == "given"
 
