@@ -147,9 +147,7 @@ def _plan(options: argparse.Namespace, measured: Measured | None) -> tuple[Plan,
     width = REDUCE[options.reduce]
     plan = Plan(network, cluster, float(step.value) / 1e3, options.batch, width, options.sync_batchnorm)
     modules = "MiT-B5 with the DAFormer head, 19 classes"
-    units = (
-        f"52 blocks, 4 patch embeddings, {network.batchnorms} BatchNorm layers, the rest of the head, of the network"
-    )
+    units = f"{network.blocks} blocks, {network.batchnorms} BatchNorm layers, the rest of the network"
 
     def asked(name: str, value: float | str | bool, unit: str, option: str, detail: str = "") -> Input:
         given = option in options.asked
@@ -225,8 +223,9 @@ def _show_rows(rows: Sequence[Row], steps: int, screen: Console) -> None:
     screen.print(table)
     notes = (
         f"* {PLANNING_ONLY} in the machine is a row to plan by: the trainer does not offer it",
-        "MB sent, calls (collectives) and GB saved: of each GPU, in a step; host ms: fsdp and hsdp run outside of a "
-        "CUDA graph, where the host's time bounds the step; differences below 3 points are within the model's error",
+        "MB sent, calls (collectives) and GB saved: of each GPU, in a step; host ms: fsdp and hsdp are taken to run "
+        "outside of a CUDA graph, where the host's time bounds the step; differences below 3 points are within the "
+        "model's error",
     )
     for note in notes:
         screen.print(f"  {note}", soft_wrap=True)

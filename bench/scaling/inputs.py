@@ -13,7 +13,6 @@ from bench.ledger.recipes import MODEL
 from bench.scaling.model import Network
 from bench.variants import OURS
 from ssr_fast.data.labels import CITYSCAPES
-from ssr_fast.models.mit import Block, PatchEmbed
 from ssr_fast.models.segmentor import Segmentor
 
 PREDICTED_MS = {(2, 512): 35.5, (8, 512): 101.0, (2, 1024): 117.0}
@@ -46,18 +45,19 @@ class Input:
 def count_network() -> Network:
     """MiT-B5 with the DAFormer head for 19 classes, counted on the meta device.
 
-    A unit of FSDP is a block, a patch embedding, a BatchNorm layer (float32, so on its own), the rest of the head, or
-    the rest of the network (the four norms).
+    A unit of FSDP is a block, a BatchNorm layer (float32, so on its own), or the rest of the network.
     """
     with torch.device("meta"):
         net = Segmentor(MODEL, CITYSCAPES.count)
     batchnorms = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
-    own = sum(isinstance(module, Block | PatchEmbed) for module in net.modules())
+    blocks = list(net.backbone.blocks())
     parameters = list(net.parameters())
     return Network(
         parameters=sum(parameter.numel() for parameter in parameters),
         tensors=len(parameters),
-        units=own + batchnorms + 2,
+        blocks=len(blocks),
+        block_parameters=sum(parameter.numel() for block in blocks for parameter in block.parameters()),
+        units=len(blocks) + batchnorms + 1,
         batchnorms=batchnorms,
     )
 
@@ -87,7 +87,7 @@ def step_time(results: Path, batch: int, crop: int) -> Input:
     size = f"MiT-B5, {batch}+{batch}@{crop}"
     found = [made for path in sorted(results.glob("step-*.json")) if (made := _measured_step(path, size))]
     if found:
-        return max(found)[1]
+        return max(found, key=lambda one: one[0])[1]
     if (batch, crop) in PREDICTED_MS:
         detail = "not measured; from counted operators and bytes, an H100's, +-30 %"
         return Input("step", PREDICTED_MS[batch, crop], "ms", "predicted", detail)

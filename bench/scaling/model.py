@@ -9,8 +9,8 @@ N GPUs are m machines of n. An all-reduce is a reduce-scatter and an all-gather.
 NVLink and NICs are the rates below times their efficiency. Modes, G the gradients and P the bf16 working copies:
 
     ddp     a bucket of gradients: both halves in the machine, both between machines (hierarchical ring)
-    fsdp    a unit: all-gather of P in the teacher's, the student's forward and the backward pass, reduce-scatter of G,
-            all over all GPUs
+    fsdp    a unit: all-gather of P in the teacher's and the student's forward pass and, for a block, in the backward
+            pass again; reduce-scatter of G; all over all GPUs
     hsdp    the same in the machine, and an all-reduce of the machine's sums between machines
     zero1   as ddp, but the last half in the machine gathers the new P after the update, where nothing hides it
 
@@ -20,8 +20,8 @@ first gather and the last scatter. Exposed = max(tail, C - hidden at most). A GP
 d * T a step, and the step waits for the last one: of N that is d * T * (H_N - 1) later than one GPU's own mean, with
 H_N = 1 + 1/2 + ... + 1/N. Small blocking collectives (BatchNorm's running statistics, the stop flag; with
 sync-batchnorm two for each layer and domain) are never hidden. Sharded modes share the update's memory traffic; fsdp
-and hsdp copy what they gather and scatter once more, and run outside of a CUDA graph, where the host launches each
-operator and collective: no step is shorter than that.
+and hsdp copy what they gather and scatter once more, and are taken to run outside of a CUDA graph, where the host
+launches each operator and collective: no step is shorter than that.
 
     step(N) = T - update saved + copies + exposed + small + d * T * (H_N - 1), at least the host's time
     efficiency = T / step(N); above 100 % if the update that is saved is more than what is added
@@ -38,7 +38,7 @@ MODES = ("ddp", "fsdp", "hsdp", "zero1")
 PLANNING_ONLY = "zero1"
 """A row to plan by: the trainer does not offer it."""
 BUCKET = 25 * 2**20
-"""Bytes: DistributedDataParallel's buckets."""
+"""Bytes of working copies' gradients in one of DistributedDataParallel's buckets."""
 WORKING_BYTES = 2
 """Of a parameter's bf16 working copy."""
 RESIDENT = {"master weights": 4, "AdamW's moments": 8, "gradients": 4, "teacher": 4}
@@ -53,12 +53,16 @@ OPERATORS = 4877
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What the model needs of the network; counted from the modules (bench/scaling/counted.py)."""
+    """What the model needs of the network; `inputs.count_network` counts it from the modules."""
 
     parameters: int
     tensors: int
+    blocks: int
+    """Units of FSDP that are gathered again in the backward pass."""
+    block_parameters: int
+    """Their parameters."""
     units: int
-    """What FSDP gathers one by one."""
+    """What FSDP gathers one by one: blocks, and what stays whole from the forward to the backward pass."""
     batchnorms: int
 
 
@@ -246,24 +250,28 @@ def _traffic(plan: Plan, mode: str, links: _Links) -> tuple[_Traffic, float, flo
     working = WORKING_BYTES * plan.network.parameters
     assumed = plan.assumptions
     if mode in ("ddp", "zero1"):
-        buckets, last = math.ceil(gradients / BUCKET), min(gradients, BUCKET)
+        buckets = math.ceil(working / BUCKET)
+        last = min(gradients, BUCKET * plan.gradient_bytes / WORKING_BYTES)
         hidden = assumed.overlap * assumed.backward * plan.step
         reduce = links.all_reduce if mode == "ddp" else links.reduce_to_parts
         gather = links.within(working) if mode == "zero1" else _Traffic()
         total = reduce(gradients / buckets) * buckets + gather
         return total, reduce(last).seconds + gather.seconds, hidden
     half = links.over_all if mode == "fsdp" else links.within
-    units = plan.network.units
+    network, units = plan.network, plan.network.units
     gather, scatter = half(working / units), half(gradients / units)
+    again = half(WORKING_BYTES * network.block_parameters / network.blocks) * network.blocks
     if mode == "hsdp":
         scatter = links.reduce_to_parts(gradients / units)
-    return (gather * 3 + scatter) * units, gather.seconds + scatter.seconds, assumed.overlap * plan.step
+    total = (gather * 2 + scatter) * units + again
+    return total, gather.seconds + scatter.seconds, assumed.overlap * plan.step
 
 
 def _copied(plan: Plan) -> float:
     """Seconds in which gathered and scattered tensors are copied: read and written once each."""
-    moved = 2 * plan.network.parameters * (3 * WORKING_BYTES + plan.gradient_bytes)
-    return moved / plan.assumptions.memory_rate
+    network = plan.network
+    gathered = WORKING_BYTES * (2 * network.parameters + network.block_parameters)
+    return 2 * (gathered + plan.gradient_bytes * network.parameters) / plan.assumptions.memory_rate
 
 
 def _hosts(assumed: Assumptions, collectives: int) -> float:

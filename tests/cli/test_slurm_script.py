@@ -112,7 +112,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def test_the_first_start_begins_a_run(slurm):
     assert ended(slurm.start(str(slurm.run), *OPTIONS)) == (0, "")
-    assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=64", "--wait=120"} <= set(slurm.noted("srun"))
+    assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=64", "--wait=300"} <= set(slurm.noted("srun"))
     options = get_args_parser().parse_args(slurm.noted("torchrun"))  # torchrun's own: a wrong option ends the test
     assert (options.nnodes, options.nproc_per_node) == ("2", "8")
     assert (options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id) == ("c10d", "node0:20123", "70123-0")
