@@ -29,6 +29,7 @@ from ssr_fast.engine.precision import pick_precision
 from ssr_fast.engine.ranks import Ranks
 from ssr_fast.engine.run_config import pick_device
 from ssr_fast.engine.side_by_side import share, side_by_side
+from ssr_fast.engine.state import seed_generators
 from ssr_fast.engine.trainer import Branch, Trainer
 from ssr_fast.eval.protocols import fitting_protocols
 from ssr_fast.evaluator import Evaluator
@@ -220,6 +221,7 @@ class Session:
             Stopped, UserError: see `train`.
         """
         stage, config, shared = STAGE_NAMES[name], self.config, self._shared_steps()
+        seed_generators(config.run.seed, self.ranks.rank)
         features, stored = None, None
         if name == "ssr" and self.domains.features is not None:
             features, stored = stored_features(config, self.domains, self.device)

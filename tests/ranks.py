@@ -77,10 +77,11 @@ class Training:
                     times[rank] = time.monotonic()
                 elif time.monotonic() > until:
                     self.send(rank, signal.SIGKILL)
-        return [
-            Ended(process.exitcode or 0, *(file.with_suffix(kind).read_text() for kind in (".out", ".err")), times[rank])
-            for rank, (process, file) in enumerate(zip(self.processes, self._files, strict=True))
-        ]
+        found = []
+        for rank, (process, file) in enumerate(zip(self.processes, self._files, strict=True)):
+            out, err = (file.with_suffix(kind).read_text() for kind in (".out", ".err"))
+            found.append(Ended(process.exitcode or 0, out, err, times[rank]))
+        return found
 
 
 def train(folder: Path, world: int, options: Sequence[str], before: Before | None = None) -> list[Ended]:

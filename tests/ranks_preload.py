@@ -1,4 +1,4 @@
-"""What the server of tests/ranks.py imports before it forks: all that a training needs. Nothing of it starts a thread."""
+"""What the server of tests/ranks.py imports before it forks: all that a training needs, and that starts no thread."""
 
 import tensorboard.compat.proto  # noqa: F401
 import torch.distributed.checkpoint  # noqa: F401

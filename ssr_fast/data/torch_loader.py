@@ -70,6 +70,7 @@ def load_steps(
         sampler=range(first, last),
         num_workers=workers,
         pin_memory=pin,
+        generator=torch.Generator(),  # else each loader draws from the global one, and a resumed run has more of them
         worker_init_fn=_start_worker,
         prefetch_factor=prefetch if workers else None,
         # named, because a process of side_by_side would start them by its fork server, for which all must be pickled,

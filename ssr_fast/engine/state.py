@@ -94,6 +94,14 @@ def set_rng_state(state: Mapping[str, Tensor], device: torch.device | None = Non
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def seed_generators(seed: int, rank: int) -> None:
+    """Seed Python's, NumPy's and torch's generators. Nothing of ours draws from them, but what a user adds may."""
+    number = (seed * 1_000_003 + rank) % 2**32
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """sha256 of a resolved config, whatever the order of its keys; paths count as their text, tuples as lists."""
     text = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
