@@ -37,9 +37,7 @@ def check_same(run: Path, other: Path) -> None:
     check_losses(run, other, 1e-6)
     weights, others = (load_file(folder / "model.safetensors") for folder in (run, other))
     for name in weights.keys() - UNDETERMINED:
-        torch.testing.assert_close(
-            others[name], weights[name], rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}"
-        )
+        torch.testing.assert_close(others[name], weights[name], rtol=1e-5, atol=1e-5)
     assert abs(rows(run)[-1]["eval/miou"] - rows(other)[-1]["eval/miou"]) < 0.05
     images = normalise_batch(torch.randint(0, 256, (2, 96, 192, 3), dtype=torch.uint8))
     with torch.no_grad():
@@ -69,11 +67,14 @@ MODES: dict[str, list[str]] = {"ddp": [], "fsdp": [], "hsdp": ["--parallel.shard
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_mode_trains_as_one_process_does(world: int, tmp_path: Path) -> None:
+    """At a learning rate at which the last bit of a sum stays small for so long: at the demo's own, 7e-3, one process
+    against itself with one bit of one bias changed is away by 1e-5 after 20 steps."""
+    demo = [*DEMO, "--optim.lr=5e-4"]
     single = tmp_path / "single"
-    check(train(tmp_path, 1, [*DEMO, f"--optim.accumulate={world}", "--run.dir", str(single)]))
+    check(train(tmp_path, 1, [*demo, f"--optim.accumulate={world}", "--run.dir", str(single)]))
     for mode, options in MODES.items():
         run = tmp_path / mode
-        ended = train(tmp_path, world, [*DEMO, f"--parallel.mode={mode}", *options, "--run.dir", str(run)])
+        ended = train(tmp_path, world, [*demo, f"--parallel.mode={mode}", *options, "--run.dir", str(run)])
         check(ended)
         assert f"x {world} processes ({mode})" in ended[0].out and not any(rank.out for rank in ended[1:])
         check_same(single, run)
