@@ -31,6 +31,7 @@ from ssr_fast.engine.run_config import pick_device
 from ssr_fast.engine.side_by_side import share, side_by_side
 from ssr_fast.engine.state import seed_generators
 from ssr_fast.engine.trainer import Branch, Trainer
+from ssr_fast.engine.watch import At, nowhere
 from ssr_fast.eval.protocols import fitting_protocols
 from ssr_fast.evaluator import Evaluator
 from ssr_fast.methods.build import build_method
@@ -70,7 +71,7 @@ class Session:
         command: list[str],
         report: Report = print,
         ranks: Ranks | None = None,
-        at: Report = lambda place: None,
+        at: At = nowhere,
     ) -> None:
         self.ranks, self.at = ranks or Ranks(), at
         self.config, self.preset, self.resume = config, preset, resume
@@ -92,7 +93,7 @@ class Session:
                 self._write_head(command)
             if self._in_processes():
                 fork_server.start(__name__)  # while this process checks the data
-        at("looking at the data")
+        at("looking at the data", True)
         self.domains = self.ranks.first_then_others(lambda: open_domains(config, self.folder, self.report))
         self.loader = loader_of(config, self.domains, self.device)
         if command:
@@ -114,7 +115,8 @@ class Session:
             UserError: data, weights or options that do not fit.
         """
         stages = self.config.stages()
-        finished = [row["name"] for row in self.summary["stages"]]
+        # a run may be resumed for more steps than it had
+        finished = [row["name"] for row in self.summary["stages"] if row["steps"] >= self.config.run.steps]
         pending = [name for name in stages if STAGE_NAMES[name] not in finished]
         if self._shared_steps():
             self.say(
@@ -122,6 +124,7 @@ class Session:
             )
         with StopSignal() if stop is None else contextlib.nullcontext(stop) as stop:
             if self._in_processes():
+                self.at("training the stages in processes of their own", True)
                 self._train_side_by_side(pending, stop)
             else:
                 for name in itertools.chain(*self._chains()):
@@ -202,7 +205,9 @@ class Session:
     def _finish_stages(self, rows: list[dict[str, Any]]) -> None:
         """Summary, pictures and report of all stages so far, so that a long comparison can be looked at on the way."""
         order = [STAGE_NAMES[name] for name in self.config.stages()]
-        self.summary["stages"] = sorted([*self.summary["stages"], *rows], key=lambda row: order.index(row["name"]))
+        names = [row["name"] for row in rows]
+        before = [row for row in self.summary["stages"] if row["name"] not in names]
+        self.summary["stages"] = sorted([*before, *rows], key=lambda row: order.index(row["name"]))
         write_text(self.folder / "summary.json", json.dumps(plain(self.summary), indent=1))
         for row in rows:
             score = "" if row["target_miou"] is None else f"target mIoU {row['target_miou']:.1f} after "

@@ -3,7 +3,7 @@
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ssr_fast.config import TrainConfig
     from ssr_fast.engine.guard import StopSignal
     from ssr_fast.engine.ranks import Ranks
+    from ssr_fast.engine.watch import At
 
 COMPARISONS = ("demo", "camvid-day-dusk")
 """Presets with several stages; known here so that nothing slow need be imported to ask."""
@@ -51,7 +52,7 @@ def _train(
     resume: bool,
     argv: list[str],
     ranks: "Ranks",
-    at: "Callable[[str], None]",
+    at: "At",
     stop: "StopSignal | None",
 ) -> int:
     """What one of the processes does; the exit code. Rank 0 says what there is to say."""

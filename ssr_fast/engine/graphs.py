@@ -15,6 +15,8 @@ from ssr_fast.engine.step import TrainStep
 
 WARM_UP = 3
 """Eager steps before the capture: they compile kernels, choose algorithms and let libraries allocate what they keep."""
+DDP_WARM_UP = 11
+"""The same under DistributedDataParallel, which rearranges its buckets and collects statistics in the first ten."""
 
 Terms = dict[str, Tensor]
 Capture = Callable[[Callable[[], Terms]], tuple[Callable[[], None], Terms]]
@@ -51,6 +53,7 @@ class GraphedStep:
         report: Callable[[str], None] = print,
     ) -> None:
         self._step, self._capture, self._eager, self._report = step, capture, eager, report
+        self._warm_up = DDP_WARM_UP if step.wrapped.mode == "ddp" else WARM_UP
         self._kind: Hashable = None
         self._eager_steps = 0
         self._captured: _Captured | None = None
@@ -63,7 +66,7 @@ class GraphedStep:
         kind = (begun, _shapes(batch))
         if kind != self._kind:
             self._kind, self._eager_steps, self._captured = kind, 0, None
-        if self._captured is None and self._eager_steps >= WARM_UP and not self._failed:
+        if self._captured is None and self._eager_steps >= self._warm_up and not self._failed:
             self._captured = self._try(batch, begun, step)
         if self._captured is None:
             self._eager_steps += 1

@@ -215,12 +215,14 @@ def replicate(method: Method, reduced: torch.dtype, ranks: Ranks) -> Distributed
     names = [name for name, parameter in compute.named_parameters() if id(parameter) not in differentiated]
     names += [name for name, _ in compute.named_buffers()]  # the guard averages the statistics; others are equal
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(compute, names)
-    wrapped = DistributedDataParallel(
-        compute,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=method.waits(),
-    )
+    device = method.key.device
+    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
+        wrapped = DistributedDataParallel(  # on a stream of its own, else its backward pass cannot be captured
+            compute,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=method.waits(),
+        )
     # convolutions' gradients come channels-last, and their weights are not: a copy of a few MB
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     wrapped.register_comm_hook((reduced, ranks.world), _averaged)

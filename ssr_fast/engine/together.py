@@ -8,11 +8,11 @@ from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.parallel import ParallelConfig
 from ssr_fast.engine.ranks import Ranks, join
 from ssr_fast.engine.run_config import RunConfig, pick_device
-from ssr_fast.engine.watch import Watch
+from ssr_fast.engine.watch import At, Watch
 from ssr_fast.errors import UserError
 
 T = TypeVar("T")
-Work = Callable[[Ranks, Callable[[str], None], StopSignal | None], T]
+Work = Callable[[Ranks, At, StopSignal | None], T]
 
 
 def together(run: RunConfig, parallel: ParallelConfig, work: Work[T]) -> T:

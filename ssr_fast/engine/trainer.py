@@ -30,6 +30,7 @@ from ssr_fast.engine.state import OPTIONAL, compare, rng_state, set_rng_state
 from ssr_fast.engine.step import TrainStep
 from ssr_fast.engine.step_guard import GuardConfig
 from ssr_fast.engine.vote import Vote
+from ssr_fast.engine.watch import At, nowhere
 from ssr_fast.errors import UserError
 from ssr_fast.methods.method import Method
 
@@ -106,7 +107,7 @@ class Trainer:
         branch: Branch | None = None,
         advice: Advice | None = None,
         ranks: Ranks | None = None,
-        at: Callable[[str], None] = lambda place: None,
+        at: At = nowhere,
     ) -> None:
         self.load, self.evaluate, self.ranks, self.at = load, evaluate, ranks or Ranks(), at
         self.run, self.optim, self.store, self.log, self.config, self.meta = run, optim, store, log, config, meta
@@ -117,7 +118,10 @@ class Trainer:
         self.optimizer, self.guard = self.step.optimizer, self.step.guard
         self._run_step: RunStep = self.step
         if device.type == "cuda" and run.graph == "auto":
-            self._run_step = graphs.on_cuda(self.step, device, report)
+            if self.wrapped.sharded:
+                report("no CUDA graph, every step is launched kernel by kernel: fully_shard frees what it has gathered")
+            else:
+                self._run_step = graphs.on_cuda(self.step, device, report)
         if run.compile_blocks:
             self._run_step = CompiledStep(self._run_step, report)
         self.done = self._saved = self._evaluated = 0

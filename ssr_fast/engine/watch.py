@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -22,6 +23,16 @@ _TICK_S = 0.5
 _ANSWER_S = 5.0  # for the other processes; one that does not answer is in a call that lets no thread run
 _END_S = 20.0  # for a main thread that knows why the run ends
 _CONNECTION = re.compile(r"gloo|nccl|c10d|connection|socket|broken pipe|process ?group|collective|time(d )?out", re.I)
+
+
+class At(Protocol):
+    """Watch.at, as who is watched knows it."""
+
+    def __call__(self, place: str, patient: bool = False, /) -> None: ...
+
+
+def nowhere(place: str, patient: bool = False, /) -> None:
+    """For who is not watched."""
 
 
 def _print(message: str) -> None:
@@ -58,7 +69,7 @@ class Watch:
     ) -> None:
         self._ranks, self._timeout, self._resume, self._report = ranks, timeout, resume, report
         self._lost, self._grace = lost, grace
-        self._place = ("the start",)
+        self._place = ("the start", True)
         self._self = introduce(ranks.rank)
         self._seconds = 0.0  # in the place; by the ticks of our own thread, so that no suspension counts
         self._count = 0
@@ -96,13 +107,14 @@ class Watch:
                 # what still belongs to the group, such as NCCL's own shutdown, may wait for the dead for ever
                 _end_in(_END_S, self._self.code if self._verdict is None else self._verdict.code)
 
-    def at(self, place: str) -> None:
+    def at(self, place: str, patient: bool = False) -> None:
         """Note what the main thread is in from now on: "step 12". Each call is a sign of life and costs nearly nothing.
 
         Args:
             place: read behind "in".
+            patient: it may last as long as it likes, as what depends on the size of a data set may.
         """
-        self._place = (place,)  # a new object each time: that is how the thread sees the call
+        self._place = (place, patient)  # a new object each time: that is how the thread sees the call
 
     def failed(self, sentence: str, code: int = 1) -> None:
         """Tell the others, by the next beat, that this process ends by an error of its own, if it is its own.
@@ -154,7 +166,8 @@ class Watch:
             now = time.monotonic()
             # the whole machine or process group may have been suspended: no tick counts for more than two
             passed, before = min(now - before, 2 * _TICK_S), now
-            self._seconds = self._seconds + passed if self._place is place else 0.0
+            stays = self._place is place and not place[1]
+            self._seconds = self._seconds + passed if stays else 0.0
             place = self._place
             self._listen(passed)
             if self._self.state != RUNNING:
@@ -229,7 +242,7 @@ class Watch:
         if link is not None and not self._ask(link):
             return None
         where = table(self._everybody(), self._ranks.world)
-        sentence = f"stopped, because nothing moved for {self._timeout:.0f} s"
+        sentence = f"stopped, because nothing moved for {self._timeout:.0f} s (--parallel.hang_timeout)"
         self._tell(Verdict(f"{sentence}; rank {self._ranks.rank} says where everybody is", hang=True))
         return Verdict(f"{sentence}:\n{where}\n  continue with {self._resume}", hang=True)
 

@@ -93,7 +93,7 @@ def test_a_process_alone_that_hangs_ends_with_its_place_and_frames(tmp_path: Pat
     ended = run_ranks(tmp_path, 1, work)[0]
     assert ended.code == 1
     lines = ended.text.splitlines()
-    assert lines[0] == "stopped, because nothing moved for 1 s:"
+    assert lines[0] == "stopped, because nothing moved for 1 s (--parallel.hang_timeout):"
     assert re.fullmatch(r"  rank 0 \(host \S+, process \d+\): evaluation after step 12, for [12] s", lines[1])
     assert re.match(r"    engine/test_watch.py:\d+ overslept < engine/test_watch.py:\d+ work < ", lines[2])
     assert lines[3:] == [f"  continue with {RESUME}"]
