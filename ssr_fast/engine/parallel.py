@@ -10,6 +10,7 @@ Frozen nets (SAM, the reference of the feature distance) are whole on every proc
 """
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -275,9 +276,8 @@ def shard(method: Method, precision: str, reduced: torch.dtype, group: int) -> N
     """Cut the trained nets and the teacher into shards over all processes, or, for group > 0, over so many each."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
-    from torch.export import register_dataclass
 
-    register_dataclass(SegmentorOutput)  # so that fully_shard finds the tensors in it
+    _show_output()
     world = dist.get_world_size()
     device = next(method.student.buffers()).device.type
     shape, names = ((world // group, group), ("replicate", "shard")) if group else ((world,), ("shard",))
@@ -291,6 +291,14 @@ def shard(method: Method, precision: str, reduced: torch.dtype, group: int) -> N
         _shard_net(net, mesh, policies, keep=True)
     if (teacher := method.average()) is not None:
         _shard_net(teacher, mesh, policies, keep=False)  # no backward pass comes, and the average is taken of shards
+
+
+@functools.cache
+def _show_output() -> None:
+    """Let fully_shard find the tensors in what a segmentor returns."""
+    from torch.export import register_dataclass
+
+    register_dataclass(SegmentorOutput)
 
 
 def _shard_net(net: nn.Module, mesh: object, policies: tuple[object, object], keep: bool) -> None:

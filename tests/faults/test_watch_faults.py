@@ -24,6 +24,7 @@ LOOPS: dict[str, Callable[[], None]] = {
     "stuck": block_for_ever,
     "store": lambda: dist.distributed_c10d._get_default_store().wait(["never"]),  # over the main thread's connection
 }
+STILL = "nothing moved for 2 s (--parallel.hang_timeout)"
 
 
 def watching(ranks: Ranks, timeout: float = 0.0) -> Watch:
@@ -142,11 +143,7 @@ def hang(world: int, folder: Path, asleep: int) -> list[Ended]:
 def test_a_hang_is_one_table_that_names_who_is_behind(tmp_path: Path, world: int, asleep: int) -> None:
     ended = hang(world, tmp_path, asleep)
     assert [process.code for process in ended] == [1] * world
-    table = (
-        ended[0]
-        .text[ended[0].text.index("rank 0: stopped, because nothing moved for 2 s (--parallel.hang_timeout)") :]
-        .splitlines()
-    )
+    table = ended[0].text[ended[0].text.index(f"rank 0: stopped, because {STILL}") :].splitlines()
     for rank in range(world):
         at = next(i for i, line in enumerate(table) if line.startswith(f"  rank {rank} (host "))
         assert f"process {ended[rank].pid})" in table[at]
@@ -159,9 +156,7 @@ def test_a_hang_is_one_table_that_names_who_is_behind(tmp_path: Path, world: int
     assert table[-1] == f"  continue with {RESUME}"
     for rank, process in enumerate(ended[1:], 1):  # a table is shown once
         lines = [line for line in process.said if not line.startswith("error: ")]
-        assert lines == [
-            f"rank {rank}: stopped, because nothing moved for 2 s (--parallel.hang_timeout); rank 0 says where everybody is"
-        ]
+        assert lines == [f"rank {rank}: stopped, because {STILL}; rank 0 says where everybody is"]
 
 
 @pytest.mark.parametrize(("world", "bad"), [(2, 0), *(pytest.param(4, r, marks=pytest.mark.slow) for r in (0, 2))])
