@@ -95,25 +95,25 @@ def done_at(folder: Path) -> float:
 def spoil(rank: int, who: Sequence[int], factor: float, shares: Sequence[int], folder: Path) -> None:
     """Of the ranks `who`, multiply the loss of some micro-batches (counted from 0 over the run) by a factor. Every rank
     writes down the state before and after each step."""
-    compute, step, count = Wrapped.__call__, TrainStep.__call__, [-1]
+    forward, compute, count, step = Wrapped.__call__, TrainStep.compute, [-1], [-1]
 
     def spoiled(self: Wrapped, *args: Any) -> dict[str, Tensor]:
-        terms = compute(self, *args)
+        terms = forward(self, *args)
         count[0] += 1
         if rank in who and count[0] in shares:
             terms = {**terms, "loss": terms["loss"] * factor}
         return terms
 
     def written(self: TrainStep, *args: Any) -> dict[str, Tensor]:
-        before = digests(self)
-        terms = step(self, *args)
-        line = json.dumps({"step": args[1], "before": before, "after": digests(self)})
+        before = digests(self)  # the teacher has taken the student of the step before into its average
+        terms = compute(self, *args)
+        step[0] += 1
         with (folder / f"states-{rank}").open("a") as stream:
-            stream.write(line + "\n")
+            stream.write(json.dumps({"step": step[0], "before": before, "after": digests(self)}) + "\n")
         return terms
 
     Wrapped.__call__ = spoiled  # type: ignore[method-assign]
-    TrainStep.__call__ = written  # type: ignore[method-assign]
+    TrainStep.compute = written  # type: ignore[method-assign]
 
 
 def digests(step: TrainStep) -> dict[str, str]:
