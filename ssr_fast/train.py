@@ -38,11 +38,12 @@ def main(argv: list[str]) -> int:
     # a quarter of them would be searches for garbage among objects that stay
     gc.disable()
     from ssr_fast.arguments import configure
-    from ssr_fast.engine.together import together
+    from ssr_fast.engine.together import together, told_once
 
     gc.freeze()
     gc.enable()
-    config, preset, resume = configure(argv)
+    with told_once():
+        config, preset, resume = configure(argv)
     return together(config.run, config.parallel, lambda *run: _train(config, preset, resume, argv, *run))
 
 

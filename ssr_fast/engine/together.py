@@ -1,18 +1,29 @@
 """A run of one process or many from its beginning to its end: they meet, work, and fall or finish together."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.parallel import ParallelConfig
-from ssr_fast.engine.ranks import Ranks, join
+from ssr_fast.engine.ranks import Ranks, first, join
 from ssr_fast.engine.run_config import RunConfig, pick_device
 from ssr_fast.engine.watch import At, Watch
 from ssr_fast.errors import UserError
 
 T = TypeVar("T")
 Work = Callable[[Ranks, At, StopSignal | None], T]
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """Around what every process of a machine finds before they have met: the first one tells the user's mistake."""
+    try:
+        yield
+    except UserError as error:
+        if first():
+            raise
+        raise UserError("") from error
 
 
 def together(run: RunConfig, parallel: ParallelConfig, work: Work[T]) -> T:
@@ -30,7 +41,9 @@ def together(run: RunConfig, parallel: ParallelConfig, work: Work[T]) -> T:
         UserError: a mistake of the user, or another process has died or failed; with the number of this rank in front,
             and empty where another rank tells it.
     """
-    ranks = join(pick_device(run.device).type, group=parallel.mode in ("ddp", "fsdp", "hsdp"))
+    with told_once():
+        device = pick_device(run.device)
+    ranks = join(device.type, group=parallel.mode in ("ddp", "fsdp", "hsdp"))
     with (
         # around all: torchrun sends SIGTERM to those that are left, and they still have to say why
         StopSignal() if ranks.world > 1 else contextlib.nullcontext() as stop,

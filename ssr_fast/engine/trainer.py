@@ -240,17 +240,22 @@ class Trainer:
     def _judge(self, row: dict[str, Any]) -> None:
         """End a run whose steps are skipped again and again; the same on every rank."""
         if row["skipped"] >= self.done and self.done >= 2:
-            raise UserError(
-                f"the gradient was not finite in any of the first {self.done} steps: lower --optim.lr (it is "
-                f"{self.optim.lr})"
+            raise self.ranks.common(
+                UserError(
+                    f"the gradient was not finite in any of the first {self.done} steps: lower --optim.lr (it is "
+                    f"{self.optim.lr})"
+                )
             )
         if 0 < self.guarded.abort_after <= row["skipped_in_row"]:
             good = self.store.latest()
             follow = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
-            raise UserError(
-                f"{row['skipped_in_row']} steps in a row were skipped (--guard.abort_after {self.guarded.abort_after}),"
-                f" up to step {self.done}, because their loss or gradient was not finite or a spike: {follow}; lower "
-                f"--optim.lr (it is {self.optim.lr}) or look at the data, then continue with --resume {self.run.dir}"
+            raise self.ranks.common(
+                UserError(
+                    f"{row['skipped_in_row']} steps in a row were skipped (--guard.abort_after "
+                    f"{self.guarded.abort_after}), up to step {self.done}, because their loss or gradient was not "
+                    f"finite or a spike: {follow}; lower --optim.lr (it is {self.optim.lr}) or look at the data, then "
+                    f"continue with --resume {self.run.dir}"
+                )
             )
 
     def _end_of_loader(self, death: LoaderDied) -> UserError:
