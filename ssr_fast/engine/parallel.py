@@ -69,7 +69,10 @@ class ParallelConfig:
                 found.append(f"--{where}.{name} must not be negative (it is {getattr(self, name)})")
         world = launched()
         if self.mode == "single" and world > 1:
-            found.append(f"--{where}.mode single is one process and torchrun has started {world}: start it without")
+            found.append(
+                f"--{where}.mode single is one process and torchrun has started {world}: start it without, or give "
+                f"--{where}.mode auto"
+            )
         if self.processes is not None and self.processes != world:
             found.append(
                 f"--{where}.processes {self.processes} is not what was started ({world}): start that many with "

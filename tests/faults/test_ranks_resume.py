@@ -135,3 +135,109 @@ def test_as_many_ranks_resume_bit_for_bit(mode: str, world: int, options: list[s
     assert f"resumed ssr after step {STOPPED_AFTER}" in ended[0].out and "changed since" not in ended[0].out
     assert "--optim.accumulate" not in ended[0].err and not any(rank.out or rank.err for rank in ended[1:])
     check_bits(parts, uncut)
+
+
+class Runs:
+    """Runs by (world, options) that tests share: uncut ones, and copies of stopped ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def whole(self, world: int, *options: str) -> Path:
+        return self._made("whole", whole, world, options)
+
+    def begun(self, copy: Path, world: int, *options: str) -> Path:
+        return Path(shutil.copytree(self._made("begun", begun, world, options), copy))
+
+    def _made(self, name: str, make: Callable[..., Path], world: int, options: tuple[str, ...]) -> Path:
+        folder = self._folder / f"{name}-{world}{''.join(options).replace('--', '-')}"
+        return folder if folder.exists() else make(folder, world, options)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+def told(ended: Sequence[Ended]) -> tuple[list[str], list[str]]:
+    """Lines about the number of processes, and about changed options; the other ranks say nothing."""
+    assert not any(rank.out or rank.err for rank in ended[1:])
+    lines = ended[0].out.splitlines()
+    changes = [line.partition(": ")[2] for line in lines if line.startswith("changed since that checkpoint")]
+    return [line for line in ended[0].err.splitlines() if "--optim.accumulate" in line], changes
+
+
+@pytest.mark.parametrize(
+    ("before", "begins", "after", "continues"),
+    [
+        (2, ["--parallel.mode=fsdp"], 1, ["--parallel.mode=single"]),
+        (1, ["--optim.accumulate=2"], 2, []),
+        pytest.param(2, [], 1, [], marks=slow),
+        pytest.param(2, ["--parallel.mode=fsdp"], 1, ["--parallel.mode=auto"], marks=slow),
+        pytest.param(2, ["--parallel.mode=fsdp"], 1, [], marks=slow),
+        pytest.param(1, ["--optim.accumulate=2"], 2, ["--parallel.mode=fsdp"], marks=slow),
+        pytest.param(2, ["--optim.accumulate=2"], 4, [], marks=slow),
+        pytest.param(4, [], 2, [], marks=slow),
+        pytest.param(4, ["--parallel.mode=fsdp"], 2, ["--parallel.mode=ddp"], marks=slow),
+        pytest.param(4, ["--parallel.mode=hsdp", "--parallel.shard=2"], 2, ["--parallel.mode=fsdp"], marks=slow),
+        pytest.param(4, ["--parallel.mode=hsdp", "--parallel.shard=2"], 1, ["--parallel.mode=ddp"], marks=slow),
+    ],
+)
+def test_another_number_of_ranks_keeps_the_micro_batches(
+    before: int, begins: list[str], after: int, continues: list[str], tmp_path: Path, runs: Runs
+) -> None:
+    shares = before * (2 if "--optim.accumulate=2" in begins else 1)
+    run = runs.begun(tmp_path / "run", before, LATE, *begins)
+    ended = trained(run, after, ["--resume", str(run), *continues])
+    lines, changes = told(ended)
+    each = shares // after
+    assert len(lines) == 1 and f"in place of {before}: --optim.accumulate is {each}, so that" in lines[0]
+    wanted = {f"parallel.processes: {before} -> {after}"}
+    if shares != before * each:
+        wanted.add(f"optim.accumulate: {shares // before} -> {each}")
+    for option in continues:
+        mode = next((word[16:] for word in begins if "mode=" in word), "auto")
+        wanted.add(f"parallel.mode: {mode} -> {option[16:]}")
+        wanted |= {"parallel.shard: 2 -> 0"} if mode == "hsdp" else set()
+    assert sorted(changes) == sorted(wanted)
+    check_close(run, runs.whole(1, LATE, f"--optim.accumulate={shares}"), 1e-5)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["parallel"]["processes"] == after and config["optim"]["accumulate"] == each
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("ddp", "fsdp"), pytest.param("fsdp", "ddp", marks=slow), pytest.param("fsdp", "hsdp", marks=slow)],
+)
+def test_another_mode_of_as_many_ranks(before: str, after: str, tmp_path: Path, runs: Runs) -> None:
+    run = runs.begun(tmp_path / "run", 2, LATE, f"--parallel.mode={before}")
+    lines, changes = told(trained(run, 2, ["--resume", str(run), f"--parallel.mode={after}"]))
+    assert lines == [] and changes == [f"parallel.mode: {before} -> {after}"]
+    check_close(run, runs.whole(1, LATE, "--optim.accumulate=2"), 1e-5)
+
+
+@slow
+def test_one_process_goes_on_with_the_pseudo_labels_of_two(tmp_path: Path, runs: Runs) -> None:
+    run = runs.begun(tmp_path / "run", 2)
+    trained(run, 1, ["--resume", str(run)])
+    check_close(run, runs.whole(1, "--optim.accumulate=2"), 1e-4)
+
+
+@pytest.mark.parametrize(("shares", "after"), [(1, 2), pytest.param(2, 3, marks=slow)])
+def test_micro_batches_that_cannot_be_shared_are_one_sentence(
+    shares: int, after: int, tmp_path: Path, runs: Runs
+) -> None:
+    run = runs.begun(tmp_path / "run", 1, LATE, f"--optim.accumulate={shares}")
+    kept = (run / "config.yaml").read_bytes()
+    ended = train(tmp_path, after, ["--resume", str(run)])
+    check(ended, 2)
+    for rank in ended:  # each process finds out by itself, before they meet
+        assert rank.err.count("\n") == 1 and rank.out == ""
+        assert f"{after} cannot share the {shares} micro-batches of a step evenly" in rank.err
+        assert f"start a divisor of {shares}, or give --optim.accumulate" in rank.err
+    assert (run / "config.yaml").read_bytes() == kept
+    lines, changes = told(trained(run, after, ["--resume", str(run), "--optim.accumulate=1", "--optim.lr=1e-5"]))
+    assert lines == []
+    changed = [f"parallel.processes: 1 -> {after}", "optim.lr: 0.0006 -> 1e-05"]
+    assert [line for line in changes if "lr" not in line] == changed[:1] + ["optim.accumulate: 2 -> 1"] * (shares == 2)
+    assert sum(line.startswith("optim.lr: ") and line.endswith("-> 1e-05") for line in changes) == 1
