@@ -122,6 +122,7 @@ def check_close(parts: Path, uncut: Path, bound: float) -> None:
         pytest.param("fsdp", 2, ["--run.precision=bf16", "--optim.accumulate=2"], marks=slow),
         pytest.param("hsdp", 2, ["--parallel.shard=1"], marks=slow),
         pytest.param("hsdp", 2, ["--run.precision=bf16", "--optim.accumulate=2"], marks=slow),
+        pytest.param("ddp", 4, [], marks=slow),
         pytest.param("ddp", 4, ["--parallel.sync_batchnorm=true"], marks=slow),
         pytest.param("fsdp", 4, ["--optim.accumulate=2"], marks=slow),
         pytest.param("hsdp", 4, ["--parallel.shard=2", "--run.precision=bf16"], marks=slow),
