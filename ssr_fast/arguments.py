@@ -5,6 +5,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from ssr_fast.commandline import command_parser, parse, raise_problems, tell
@@ -69,7 +70,7 @@ def configure(argv: list[str]) -> tuple[TrainConfig, str, bool]:
         config.run.stages = None  # a method that is asked for by name replaces a preset's comparison
     _follow_roots(config)
     if resume:
-        _share_again(config, explicit)
+        _share_again(config, folder / "config.yaml", explicit)
     config.parallel.processes = launched() if "parallel.processes" not in explicit else config.parallel.processes
     raise_problems(problems(config, explicit))
     if not config.run.dir:
@@ -95,28 +96,37 @@ def _run_to_resume(options: Namespace) -> Path:
     return folder
 
 
-def _share_again(config: TrainConfig, explicit: frozenset[str]) -> None:
+def _share_again(config: TrainConfig, saved: Path, explicit: frozenset[str]) -> None:
     """A run that is resumed by another number of processes keeps its micro-batches: each takes more or fewer of them.
+
+    Args:
+        saved: the configuration of the run until now, which the parser has read.
 
     Raises:
         UserError: they cannot be shared evenly, and the user has not said how many each shall take.
     """
-    before, now = config.parallel.processes or 1, launched()
-    if before == now or "optim.accumulate" in explicit:
+    sections = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+    before = (sections.get("parallel") or {}).get("processes") or 1
+    accumulated = (sections.get("optim") or {}).get("accumulate", 1)
+    if "parallel.mode" in explicit and config.parallel.mode != "hsdp" and "parallel.shard" not in explicit:
+        config.parallel.shard = 0  # it belonged to the mode until now
+    now = launched()
+    if before == now:
         return
-    shares = before * config.optim.accumulate
-    if shares % now:
-        raise UserError(
-            f"the run was trained by {before} process{'es' * (before > 1)} with --optim.accumulate "
-            f"{config.optim.accumulate}, and {now} cannot share the {shares} micro-batches of a step evenly: start a "
-            f"divisor of {shares}, or give --optim.accumulate and with it another number of images in a step"
-        )
-    config.optim.accumulate = shares // now
-    if first():
-        tell(
-            f"{now} process{'es' * (now > 1)} in place of {before}: --optim.accumulate is {shares // now}, so that a "
-            "step sees as many images as before"
-        )
+    processes = f"{now} process{'es' * (now > 1)} in place of {before}"
+    if "optim.accumulate" not in explicit and config.optim.accumulate == accumulated:
+        shares = before * accumulated
+        if shares % now:
+            raise UserError(
+                f"the run was trained by {before} process{'es' * (before > 1)} with --optim.accumulate {accumulated}, "
+                f"and {now} cannot share the {shares} micro-batches of a step evenly: start a divisor of {shares}, or "
+                "give --optim.accumulate and with it another number of images in a step"
+            )
+        config.optim.accumulate = shares // now
+        if first():
+            tell(f"{processes}: --optim.accumulate is {shares // now}, so that a step sees as many images as before")
+    if config.parallel.sync_batchnorm and first():
+        tell(f"{processes}: --parallel.sync_batchnorm makes BatchNorm's statistics those of {now} micro-batches")
 
 
 def _preset_of(folder: Path) -> str:

@@ -161,7 +161,8 @@ class MetricLog:
     def state_dict(self) -> dict[str, Any]:
         """The unfinished window as JSON values, exact to the bit; reads the device once. Means over the ranks."""
         sums = [] if self._sums is None else self._over_ranks(self._sums).tolist()
-        return {"means": list(self._means), "sums": [value.hex() for value in sums], "count": self._count}
+        names = {"means": list(self._means), "sums": [value.hex() for value in sums], "count": self._count}
+        return {**names, "world": self._ranks.world}
 
     def window(self) -> Tensor:
         """This rank's own sums in the unfinished window, float64 [64], unused ones 0: for a resume that is exact."""
@@ -171,11 +172,15 @@ class MetricLog:
         return sums
 
     def load_state_dict(self, state: Mapping[str, Any], window: Tensor | None = None) -> None:
-        """Continues the window of `state_dict`, with this rank's own sums of then, `window`, if there are any (not all
-        0); the sums move to the device with the next step."""
+        """Continues the window of `state_dict`; the sums move to the device with the next step.
+
+        Args:
+            window: this rank's own sums of then, taken in place of the means over the ranks if there are any (not all
+                0), and as many ranks as now: fewer would leave some of them out.
+        """
         self._means = tuple(state["means"])
         sums = [float.fromhex(text) for text in state["sums"]]
-        if window is not None and window.any():
+        if window is not None and window.any() and state.get("world") == self._ranks.world:
             sums = window[: len(sums)].tolist()
         self._sums = torch.tensor(sums, dtype=torch.float64) if sums else None
         self._count = state["count"]

@@ -70,7 +70,10 @@ class ParallelConfig:
                 found.append(f"--{where}.{name} must not be negative (it is {getattr(self, name)})")
         world = launched()
         if self.mode == "single" and world > 1:
-            found.append(f"--{where}.mode single is one process and torchrun has started {world}: start it without")
+            found.append(
+                f"--{where}.mode single is one process and torchrun has started {world}: start it without, or give "
+                f"--{where}.mode auto"
+            )
         if self.processes is not None and self.processes != world:
             found.append(
                 f"--{where}.processes {self.processes} is not what was started ({world}): start that many with "
@@ -205,8 +208,14 @@ class _Compute(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, batch: Batch, begun: bool) -> dict[str, Tensor]:
-        return self.method.compute(batch, begun)
+    def forward(self, batch: Batch | None, begun: bool) -> dict[str, Tensor]:
+        if batch is not None:
+            return self.method.compute(batch, begun)
+        # a zero that is differentiated by each parameter, the last one first
+        zero = torch.zeros((), device=self.method.key.device)
+        for parameter in _differentiated(self.method):
+            zero = zero + parameter.sum().float() * 0.0
+        return {"loss": zero}
 
 
 def replicate(method: Method, reduced: torch.dtype, ranks: Ranks) -> DistributedDataParallel:
@@ -227,6 +236,11 @@ def replicate(method: Method, reduced: torch.dtype, ranks: Ranks) -> Distributed
     # convolutions' gradients come channels-last, and their weights are not: a copy of a few MB
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     wrapped.register_comm_hook((reduced, ranks.world), _averaged)
+    if not method.waits():
+        # the first backward pass decides, by the order in which gradients come, which of them are summed together, and
+        # by that the order of the sums of three processes or more: it must be the same one where a run is resumed
+        wrapped(None, False)["loss"].backward()
+        wrapped.zero_grad(set_to_none=True)
     return wrapped
 
 

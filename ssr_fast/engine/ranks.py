@@ -99,8 +99,15 @@ class Ranks:
 
 
 def launched() -> int:
-    """Number of processes that torchrun (or whoever sets WORLD_SIZE) has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes that torchrun (or whoever sets WORLD_SIZE) has started; 1 without it.
+
+    Raises:
+        UserError: the variable is no number of processes.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"WORLD_SIZE must be a number of processes (it is {text!r}): start them with torchrun")
+    return int(text)
 
 
 def first() -> bool:
