@@ -3,8 +3,8 @@
 On a GPU if there is one, else the small cases on the CPU. Exit code 0: everything that can run here ran and is right;
 1: a provider raised or returned a wrong result; 2: a mistake on the command line. `python -m bench ledger` times
 nothing and counts what a training step asks of the device, `python -m bench scaling` models several GPUs,
-`python -m bench step` times whole training steps, `python -m bench sam` compares encoders of SAM (--help of each says
-more).
+`python -m bench step` times whole training steps, `python -m bench overhead` what guard and checkpoints cost of one,
+`python -m bench sam` compares encoders of SAM (--help of each says more).
 """
 
 import argparse
@@ -36,6 +36,7 @@ COMMANDS = {
         "several GPUs, by a model from one GPU's step: efficiency, hours, what to use",
     ),
     "loader": ("bench.loader", "input pipelines: torchvision's and ours, samples a second, CPU time, memory"),
+    "overhead": ("bench.overhead", "guard and checkpoints: their share of a training step, on the CPU's demo"),
     "sam": ("bench.sam", "encoders of SAM: segment-anything's, compiled, transformers', ours in each form"),
 }
 """What has a command line of its own (python -m bench NAME --help): its module, and about what it is."""

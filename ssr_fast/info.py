@@ -11,7 +11,7 @@ from ssr_fast.commandline import DONE, command_parser, parse, run
 from ssr_fast.data.dali_loader import not_supported_reasons
 from ssr_fast.engine.apex import apex_reasons
 from ssr_fast.engine.attention import head_shapes, xformers_problem
-from ssr_fast.engine.environment import environment, missing
+from ssr_fast.engine.environment import communication, environment, missing
 from ssr_fast.engine.precision import computed_dtype, pick_precision
 from ssr_fast.engine.run_config import pick_device
 from ssr_kernels import align, contrast, dwconv, library, segloss
@@ -24,12 +24,13 @@ def gather() -> dict[str, Any]:
     """Everything that is shown, ready for JSON.
 
     Returns:
-        environment()'s entries, and: missing (package -> why), libraries (name -> why it cannot be used, None if it
-        can), choices (option that is off by default -> the same), ops (op -> backend -> list of reasons against it on
-        this machine, empty if it runs).
+        environment()'s entries, and: communication (see there), missing (package -> why), libraries (name -> why it
+        cannot be used, None if it can), choices (option that is off by default -> the same), ops (op -> backend ->
+        list of reasons against it on this machine, empty if it runs).
     """
     return {
         **environment(),
+        "communication": communication(),
         "missing": missing(),
         "libraries": {name: next(iter(library.reasons(name)), None) for name in library.LIBRARIES},
         "choices": _choices(),
@@ -44,6 +45,8 @@ def show(facts: dict[str, Any], console: Console) -> None:
         machine.add_row(name, _text(facts[name]))
     for device in facts["devices"]:
         machine.add_row("GPU", f"{device['name']}, compute {device['capability']}, {device['memory_gib']} GiB")
+    for name, text in _processes(facts["communication"]).items():
+        machine.add_row(name, text)
     for name, version in facts["versions"].items():
         machine.add_row(name, _text(version or facts["missing"][name]))
     for name, reason in facts["libraries"].items():
@@ -69,6 +72,17 @@ def main(argv: Sequence[str]) -> int:
     else:
         show(facts, Console(markup=False, highlight=False))  # [x] in a sentence is no markup
     return DONE
+
+
+def _processes(facts: dict[str, Any]) -> dict[str, str]:
+    """The lines about several processes."""
+    nccl, gpus = facts["nccl"], facts["gpus"]
+    unused = "" if gpus else ", and there is no GPU for it"
+    return {
+        "GPUs": str(gpus),
+        "NCCL": f"{nccl}{unused}" if nccl else "not in this build of torch: several GPUs cannot train together",
+        "gloo": "can be used" if facts["gloo"] else "not in this build of torch: only one process can train",
+    }
 
 
 def _choices() -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ssr_fast.engine.apex import is_nvidias
 
@@ -44,6 +45,22 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit(Path(__file__).resolve().parents[2]),
         "versions": versions(),
+    }
+
+
+def communication() -> dict[str, Any]:
+    """What several processes can talk by, ready for JSON.
+
+    Returns:
+        gpus (how many this machine shows), nccl (version of the NCCL that torch was built with, or None), gloo (whether
+        torch was built with it).
+    """
+    built = dist.is_available()
+    nccl = built and dist.is_nccl_available()
+    return {
+        "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if nccl else None,
+        "gloo": built and dist.is_gloo_available(),
     }
 
 

@@ -160,6 +160,10 @@ class StepGuard:
         if self._clip_norm > 0:
             self._scale.copy_(torch.where(good, (norm / self._clip_norm).clamp(min=1.0), 1.0))
         self._optimizer.step()
+        self._put_back(good)
+
+    def _put_back(self, good: Tensor) -> None:
+        """The remembered buffers come back if the step was skipped; good: bool scalar."""
         for buffer, saved in zip(self._buffers, self._saved, strict=True):
             buffer.copy_(torch.where(good, buffer, saved))
 

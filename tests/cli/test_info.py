@@ -22,6 +22,8 @@ def test_json_is_one_object_with_every_entry():
     assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
     assert set(facts["missing"]) == {name for name, version in facts["versions"].items() if version is None}
     assert set(facts["libraries"]) == set(LIBRARIES)
+    assert set(facts["communication"]) == {"gpus", "nccl", "gloo"} and facts["communication"]["gloo"] is True
+    assert facts["communication"]["gpus"] == len(facts["devices"])
     assert set(facts["choices"]) == {"--data.loader dali", "--optim.fused apex", "--run.attention xformers"}
     if not facts["devices"]:
         assert "on a GPU, and there is none in use" in facts["choices"]["--optim.fused apex"]
@@ -50,6 +52,32 @@ def test_the_tables_show_every_reason():
         "runs",
     ):
         assert text in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("facts", "lines"),
+    [
+        ({"gpus": 8, "nccl": "2.28.9", "gloo": True}, ["8", "2.28.9", "can be used"]),
+        ({"gpus": 0, "nccl": "2.28.9", "gloo": True}, ["0", "2.28.9, and there is no GPU for it", "can be used"]),
+        (
+            {"gpus": 1, "nccl": None, "gloo": False},
+            [
+                "1",
+                "not in this build of torch: several GPUs cannot train together",
+                "not in this build of torch: only one process can train",
+            ],
+        ),
+    ],
+)
+def test_the_table_says_what_several_processes_have(facts, lines):
+    screen = io.StringIO()
+    info.show(info.gather() | {"communication": facts}, Console(file=screen, width=200))
+    cells = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in screen.getvalue().splitlines()]
+    assert [cell for cell in cells if cell and cell[0] in ("GPUs", "NCCL", "gloo")] == [
+        ["GPUs", lines[0]],
+        ["NCCL", lines[1]],
+        ["gloo", lines[2]],
+    ]
 
 
 def test_main_returns_0_and_help_ends(capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ssr_fast.engine import environment as module
-from ssr_fast.engine.environment import commit, environment, missing, versions
+from ssr_fast.engine.environment import commit, communication, environment, missing, versions
 
 
 def git(folder: Path, *words: str) -> str:
@@ -89,3 +89,18 @@ def test_what_is_missing_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(module, "_DISTRIBUTIONS", {**module._DISTRIBUTIONS, "xformers": ("no-such-xformers",)})
     assert versions()["xformers"] is None
     assert missing()["xformers"] == "not installed; pip install xformers"
+
+
+def test_what_processes_talk_by(monkeypatch):
+    facts = communication()
+    assert json.loads(json.dumps(facts)) == facts and facts["gloo"] is True
+    assert facts["gpus"] == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    assert communication()["nccl"] == "2.28.9"
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    assert communication()["nccl"] is None
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
+    assert communication()["gloo"] is False
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    assert communication() == {"gpus": facts["gpus"], "nccl": None, "gloo": False}

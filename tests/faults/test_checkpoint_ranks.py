@@ -19,7 +19,7 @@ from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.ranks import Ranks
 from ssr_fast.engine.state import rng_state
 from ssr_fast.errors import UserError
-from tests.faults.rank_support import run_ranks
+from tests.engine.forked import run_ranks
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -60,7 +60,7 @@ def test_two_ranks_save_and_load_and_one_continues(tmp_path: Path, background: b
         assert torch.equal(torch.rand(4), drawn)
         assert torch.equal(state["sharded"].full_tensor(), whole) and state["shared"].eq(1).all()
 
-    assert run_ranks(folder, work) == [0, 0]
+    run_ranks(folder, 2, work)
     store = CheckpointStore(folder, 2)
     path = store.latest()
     assert path == folder / "step-1"
@@ -89,7 +89,7 @@ def test_a_rank_that_cannot_write_is_one_sentence_on_every_rank(tmp_path: Path, 
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert store.latest() == folder / "step-1" and store.written == 1
 
-    assert run_ranks(folder, work) == [0, 0]
+    run_ranks(folder, 2, work)
     assert sorted(os.listdir(folder)) == ["step-1"]
 
 
@@ -119,7 +119,7 @@ def test_where_the_run_goes_on_the_first_rank_says_so_and_the_last_save_raises(t
         store.wait()
         assert store.written == 4 and len(told) == ranks.first
 
-    assert run_ranks(folder, work) == [0, 0]
+    run_ranks(folder, 2, work)
     assert sorted(os.listdir(folder)) == ["step-1", "step-4"]
 
 
@@ -142,7 +142,7 @@ def test_a_rank_without_memory_for_the_copy_is_one_sentence_on_every_rank(tmp_pa
         store.save(2, {"x": torch.zeros(3)})
         assert store.latest() == folder / "step-2"
 
-    assert run_ranks(folder, work) == [0, 0]
+    run_ranks(folder, 2, work)
 
 
 def test_the_thread_and_the_main_thread_may_talk_at_the_same_time(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_thread_and_the_main_thread_may_talk_at_the_same_time(tmp_path: Path
         store.load(path, state)
         assert state["x"].eq(6).all()
 
-    assert run_ranks(folder, work) == [0, 0]
+    run_ranks(folder, 2, work)
     assert sorted(os.listdir(folder)) == ["step-5", "step-6"]
 
 
@@ -176,7 +176,7 @@ def test_the_newest_and_the_best_are_kept_by_two_ranks(tmp_path: Path) -> None:
             store.save(step, {"x": torch.tensor(step)}, score=score)
         assert store.best() == folder / "step-2"  # on every rank
 
-    assert run_ranks(folder, work) == [0, 0]
+    run_ranks(folder, 2, work)
     assert sorted(os.listdir(folder)) == ["step-2", "step-4", "step-5"]
 
 
@@ -185,7 +185,7 @@ def test_a_folder_that_a_rank_does_not_share_is_one_sentence(tmp_path: Path) -> 
         with pytest.raises(UserError, match=r"rank 1: there is no folder .*own1.*all machines share \(--run.dir\)"):
             CheckpointStore(tmp_path / f"own{ranks.rank}", 2, ranks=ranks)
 
-    assert run_ranks(tmp_path / "opened", opened) == [0, 0]
+    run_ranks(tmp_path / "opened", 2, opened)
 
     def saved(ranks: Ranks) -> None:
         folder = tmp_path / f"disk{ranks.rank}"
@@ -195,7 +195,7 @@ def test_a_folder_that_a_rank_does_not_share_is_one_sentence(tmp_path: Path) -> 
             store.save(1, {"rng": {str(ranks.rank): torch.zeros(3)}})
         assert ranks.rank or os.listdir(folder) == []
 
-    assert run_ranks(tmp_path / "saved", saved) == [0, 0]
+    run_ranks(tmp_path / "saved", 2, saved)
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence_on_every_rank(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence_on_every_rank(tmp_path: Pa
         with pytest.raises(UserError, match="checkpoints cannot be kept"):
             CheckpointStore(tmp_path / "run", ranks=ranks)
 
-    assert run_ranks(tmp_path / "run", work) == [0, 0]
+    run_ranks(tmp_path / "run", 2, work)
 
 
 def test_a_checkpoint_that_fits_one_rank_alone_is_loaded_by_none(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_checkpoint_that_fits_one_rank_alone_is_loaded_by_none(tmp_path: Path)
         store.load(folder / "step-1", again)
         assert again["x"].eq(1).all()
 
-    assert run_ranks(folder, work) == [0, 0]
+    run_ranks(folder, 2, work)
 
 
 def test_a_folder_that_vanishes_is_one_sentence_on_every_rank_and_is_not_made_anew(tmp_path: Path) -> None:
@@ -244,5 +244,5 @@ def test_a_folder_that_vanishes_is_one_sentence_on_every_rank_and_is_not_made_an
         with pytest.raises(UserError, match="step 3 .*rank 0: No such file or directory"):
             store.save(3, {"x": torch.ones(3)}, final=True)
 
-    assert run_ranks(folder, work) == [0, 0]
+    run_ranks(folder, 2, work)
     assert not folder.exists()
