@@ -135,7 +135,8 @@ class Trainer:
             return False
         state = self._state()
         state["progress"]["evaluated"] = None
-        restored = self.store.load(path, state, (*OPTIONAL, "window"))
+        # the guard's state is missing in checkpoints of before 2026-11-23, which count the skipped steps elsewhere
+        restored = self.store.load(path, state, (*OPTIONAL, "window", "guard"))
         self._take(state)
         self.report(f"resumed {self.method.stage_name} after step {self.done} from {path}")
         for change in compare(restored.config, self.config, IGNORED):
@@ -328,6 +329,8 @@ class Trainer:
         self.done, self.seconds = int(progress["step"]), float(progress["seconds"])
         self._evaluated = self.done if progress["evaluated"] is None else int(progress["evaluated"])
         self._saved = self.done
+        if "skipped" in progress:
+            self.guard.skipped.fill_(int(progress["skipped"]))
         set_rng_state(state["rng"][rank], self.device)
         self.method.refresh()
         self.log.load_state_dict(state["log"], state.get("window", {}).get(rank))
