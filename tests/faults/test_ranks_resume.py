@@ -208,7 +208,11 @@ def test_another_number_of_ranks_keeps_the_micro_batches(
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("ddp", "fsdp"), pytest.param("fsdp", "ddp", marks=slow), pytest.param("fsdp", "hsdp", marks=slow)],
+    [
+        pytest.param("ddp", "fsdp", marks=slow),
+        pytest.param("fsdp", "ddp", marks=slow),
+        pytest.param("fsdp", "hsdp", marks=slow),
+    ],
 )
 def test_another_mode_of_as_many_ranks(before: str, after: str, tmp_path: Path, runs: Runs) -> None:
     run = runs.begun(tmp_path / "run", 2, LATE, f"--parallel.mode={before}")
@@ -224,7 +228,8 @@ def test_one_process_goes_on_with_the_pseudo_labels_of_two(tmp_path: Path, runs:
     check_close(run, runs.whole(1, "--optim.accumulate=2"), 1e-4)
 
 
-@pytest.mark.parametrize(("shares", "after"), [(1, 2), pytest.param(2, 3, marks=slow)])
+@slow
+@pytest.mark.parametrize(("shares", "after"), [(1, 2), (2, 3)])
 def test_micro_batches_that_cannot_be_shared_are_one_sentence(
     shares: int, after: int, tmp_path: Path, runs: Runs
 ) -> None:
