@@ -251,7 +251,7 @@ def test_micro_batches_that_cannot_be_shared_are_one_sentence(
 
 
 def aged(run: Path) -> None:
-    """Make its newest checkpoint and its configuration those of before there were guards, ranks and their generators."""
+    """Make its newest checkpoint and its configuration those of before guards, ranks and generators."""
     store = CheckpointStore(run / "checkpoints")
     path = store.latest()
     assert path is not None
