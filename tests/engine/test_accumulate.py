@@ -1,7 +1,7 @@
 """A step of k micro-batches is the step of a batch k times as large, with BatchNorm's statistics a micro-batch each."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +199,15 @@ def test_a_step_in_bf16_adds_its_micro_batches_in_float32() -> None:
     assert 20 < checked <= len(of_student)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["supervised", "self_training"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("supervised", "bf16"),
+        ("self_training", "fp32"),
+        pytest.param("supervised", "fp32", marks=pytest.mark.slow),
+        pytest.param("self_training", "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_several_micro_batches_replay_from_a_graph_bit_for_bit(
     name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,8 +257,10 @@ def wrapped(ranks: Ranks, accumulate: int, precision: str = "fp32", **options: A
     return TrainStep(on, optim(accumulate), 10, None, ranks)
 
 
-def patch_embedding(method: Method, stage: int) -> list[Tensor]:
-    return list(getattr(method.student.backbone, f"patch_embed{stage}").parameters())
+def outside_of_blocks(method: Method, stage: int) -> Iterator[Tensor]:
+    backbone = method.student.backbone
+    for name in (f"patch_embed{stage}", f"norm{stage}"):
+        yield from getattr(backbone, name).parameters()
 
 
 def mine(batch: Batch, ranks: Ranks) -> Batch:
@@ -288,13 +297,10 @@ def test_fsdp_scatters_once_a_step(tmp_path: Path) -> None:
                     step(mine(make_batch(count=2 * accumulate, seed=number), ranks), number)
             counts.append(told.numbers)
         parameters = sum(p.numel() for p in step.method.student.parameters())
-        # the root's unit, whose decode is an entry of its own, is scattered behind the head and again at the end
-        root = sum(p.numel() for i in range(1, 5) for p in patch_embedding(step.method, i))
-        assert parameters <= counts[0] < 1.001 * parameters and counts[1] - counts[0] <= root < parameters / 2, (
-            counts,
-            parameters,
-            root,
-        )
+        assert parameters <= counts[0] < 1.001 * parameters, (counts, parameters)
+        # the root's unit is scattered behind the head and behind the backbone; of several micro-batches all of it twice
+        outside = (p for stage in (1, 2, 3, 4) for p in outside_of_blocks(step.method, stage))
+        assert counts[0] <= counts[1] <= counts[0] + 1.001 * sum(p.numel() for p in outside), (counts, parameters)
 
     run_ranks(tmp_path / "meeting", 2, work)
 

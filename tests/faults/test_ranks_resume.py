@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ssr_fast.engine.checkpoint import CheckpointStore
+from ssr_fast.engine.manifest import read_manifest
 from ssr_fast.engine.trainer import Trainer
 from tests.methods.run_support import TINY
 from tests.ranks import Ended, check, train
@@ -208,7 +209,11 @@ def test_another_number_of_ranks_keeps_the_micro_batches(
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("ddp", "fsdp"), pytest.param("fsdp", "ddp", marks=slow), pytest.param("fsdp", "hsdp", marks=slow)],
+    [
+        pytest.param("ddp", "fsdp", marks=slow),
+        pytest.param("fsdp", "ddp", marks=slow),
+        pytest.param("fsdp", "hsdp", marks=slow),
+    ],
 )
 def test_another_mode_of_as_many_ranks(before: str, after: str, tmp_path: Path, runs: Runs) -> None:
     run = runs.begun(tmp_path / "run", 2, LATE, f"--parallel.mode={before}")
@@ -224,7 +229,8 @@ def test_one_process_goes_on_with_the_pseudo_labels_of_two(tmp_path: Path, runs:
     check_close(run, runs.whole(1, "--optim.accumulate=2"), 1e-4)
 
 
-@pytest.mark.parametrize(("shares", "after"), [(1, 2), pytest.param(2, 3, marks=slow)])
+@slow
+@pytest.mark.parametrize(("shares", "after"), [(1, 2), (2, 3)])
 def test_micro_batches_that_cannot_be_shared_are_one_sentence(
     shares: int, after: int, tmp_path: Path, runs: Runs
 ) -> None:
@@ -239,6 +245,38 @@ def test_micro_batches_that_cannot_be_shared_are_one_sentence(
     assert (run / "config.yaml").read_bytes() == kept
     lines, changes = told(trained(run, after, ["--resume", str(run), "--optim.accumulate=1", "--optim.lr=1e-5"]))
     assert lines == []
-    changed = [f"parallel.processes: 1 -> {after}", "optim.lr: 0.0006 -> 1e-05"]
-    assert [line for line in changes if "lr" not in line] == changed[:1] + ["optim.accumulate: 2 -> 1"] * (shares == 2)
+    assert f"parallel.processes: 1 -> {after}" in changes and len(changes) == 2 + (shares == 2)
+    assert ("optim.accumulate: 2 -> 1" in changes) == (shares == 2)
     assert sum(line.startswith("optim.lr: ") and line.endswith("-> 1e-05") for line in changes) == 1
+
+
+def aged(run: Path) -> None:
+    """Make its newest checkpoint and its configuration those of before guards, ranks and generators."""
+    store = CheckpointStore(run / "checkpoints")
+    path = store.latest()
+    assert path is not None
+    manifest, new = read_manifest(path), ("guard.", "rng.", "window.")
+    state: dict[str, Any] = {name: value for name, value in tensors(run).items() if not name.startswith(new)}
+    log, progress = manifest["values"]["log"], manifest["values"]["progress"]
+    state["log"] = {name: log[name] for name in ("means", "sums", "count")}
+    state["progress"] = {"step": progress["step"], "seconds": progress["seconds"], "skipped": 2}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for section in (manifest["config"], config):
+        del section["guard"], section["parallel"]
+    store.save(manifest["step"], state, config=manifest["config"], meta=manifest["meta"])
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@slow
+@pytest.mark.xfail(reason="the trainer asks for the guard's state", strict=True)
+def test_a_checkpoint_of_before_the_guard_is_resumed(tmp_path: Path, runs: Runs) -> None:
+    """It counts the skipped steps of then; weights and metrics go on to the bit."""
+    run, uncut = runs.begun(tmp_path / "run", 1, LATE), runs.whole(1, LATE)
+    aged(run)
+    ended = trained(run, 1, ["--resume", str(run)])
+    assert f"resumed ssr after step {STOPPED_AFTER}" in ended[0].out
+    shipped, again = load_file(uncut / "model.safetensors"), load_file(run / "model.safetensors")
+    assert all(torch.equal(shipped[name], again[name]) for name in shipped)
+    one, two = rows(run), rows(uncut)
+    assert [row.get("skipped") for row in one] == [0, 2, None]
+    assert [{**row, "skipped": None} for row in one] == [{**row, "skipped": None} for row in two]
