@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ BOUND = 2.0
 STRESS = {"save_every": 5, "shares": 2, "spikes": True}
 SETTINGS: dict[str, dict[str, Any]] = {"demo": {"save_every": 65, "shares": 1, "spikes": False}, "stress": STRESS}
 SCENE: tuple[int, int] | None = None
-"""Height and width of the scenes; None: the demo's own."""
+"""See Job.scene."""
+GRACE_S = 5.0
+"""For the processes that are left, to say what they know."""
 METHOD = {
     "parts": (
         "one training; the main thread's time.perf_counter in each method, without other parts inside of it: median "
@@ -42,7 +45,7 @@ METHOD = {
         "whole trainings in one process, alternating: mean seconds of a step with over without, wall and CPU time of "
         "the process; median and extremes over rounds. The last save and the evaluation are outside of it"
     ),
-    "norm": "the guard's norm of the gradient serves --optim.clip_norm too, which the demo has: it is counted all the same",
+    "norm": "the guard's norm of the gradient serves --optim.clip_norm too, which the demo has: it is counted here",
     "threads": 1,
 }
 
@@ -150,13 +153,27 @@ def run(job: Job, world: int, folder: Path) -> dict[str, Any]:
         process.stdin.write(json.dumps(dataclasses.asdict(job)))
         process.stdin.close()
         processes.append(process)
-    codes = [process.wait() for process in processes]
+    codes = _end(processes)
     found = [json.loads(path.read_text(encoding="utf-8")) for path in results if path.exists()]
     errors = [content["error"] for content in found if "error" in content]
     if errors or any(codes):
         return {"error": "; ".join(errors) or f"the processes ended with {codes}"}
     measured: dict[str, Any] = found[0]
     return measured
+
+
+def _end(processes: list[subprocess.Popen[str]]) -> list[int]:
+    """Wait for all; where one fails, the others have nothing to wait for."""
+    try:
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                time.sleep(GRACE_S)
+                break
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.wait() for process in processes]
 
 
 def evaluate(job: Job, measured: dict[str, Any]) -> dict[str, Any]:

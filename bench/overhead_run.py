@@ -70,7 +70,7 @@ class Job:
         save_every: steps between checkpoints.
         shares: micro-batches of a step; its images stay the same.
         spikes: whether the guard judges spikes.
-        scene: size of the scenes, None for the demo's own.
+        scene: height and width of a few scenes instead of the demo's own; None: those.
         folder: for the run directory.
     """
 
@@ -98,7 +98,8 @@ class Job:
         config.data.scenes = dataclasses.replace(config.data.scenes, evaluation_count=1)
         if self.scene is not None:
             height, width = config.data.crop = self.scene
-            config.data.scenes = dataclasses.replace(config.data.scenes, height=height, width=width)
+            few = {"height": height, "width": width, "source_count": 8, "target_count": 8}
+            config.data.scenes = dataclasses.replace(config.data.scenes, **few)
         config.optim.warmup_steps = min(config.optim.warmup_steps, self.steps - 1)
         config.optim.accumulate = self.shares
         config.data.batch_size //= self.shares
