@@ -47,13 +47,14 @@ def test_a_part_does_not_count_what_another_one_does_inside_of_it():
         raise KeyError
 
     outer = clock.timed("log", work)
+    started = time.perf_counter()
     with pytest.raises(KeyError):
         outer()
+    elapsed = time.perf_counter() - started
     clock.next_step()
     clock.next_step()
     assert 0.02 <= clock.seconds["log"][0] and 0.05 <= clock.seconds["optimiser"][0]
-    total = clock.seconds["log"][0] + clock.seconds["optimiser"][0]
-    assert clock.seconds["log"][0] <= total - 0.05
+    assert clock.seconds["log"][0] + clock.seconds["optimiser"][0] <= elapsed
     assert clock.seconds["log"][1] == clock.seconds["optimiser"][1] == clock.seconds["vote on a stop"][0] == 0
 
 
@@ -123,7 +124,7 @@ def test_the_sums():
         "steps": [0.1, 0.1, 0.1, 7.0, 0.1],
         "each_step": each,
         "watching": 0.0005,
-        "each_save": {"save": [2.0, 0.04, 0.04], WRITING: [0.08, 0.08]},
+        "each_save": {"save": [2.0, 0.04], WRITING: [0.08, 0.08]},
     }
     pairs = [
         {"with": 1.1, "without": 1.0, "with_cpu": 1.0, "without_cpu": 1.0},
