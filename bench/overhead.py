@@ -25,7 +25,7 @@ from rich.table import Table
 
 from bench import document, tables
 from bench.harness import Setting
-from bench.overhead_run import EACH_STEP, NOT_COUNTED, WARM_UP, WATCHED, WATCHING, Job
+from bench.overhead_run import EACH_STEP, NOT_COUNTED, WARM_UP, WATCHED, WATCHING, WRITING, Job
 
 BOUND = 2.0
 """Percent of a step that guard and checkpoints may cost together."""
@@ -39,7 +39,8 @@ METHOD = {
     "parts": (
         "one training; the main thread's time.perf_counter in each method, without other parts inside of it: median "
         "over steps (of saves: over saves without the first, divided by save_every) as a share of the median step; "
-        "CPU time of the threads that write and watch counts in full, as though no core were free"
+        "CPU time of the threads that write and watch counts in full, as though no core were free, as a share of the "
+        "main thread's CPU time of a step, because other programs lengthen the wall time alone"
     ),
     "pairs": (
         "whole trainings in one process, alternating: mean seconds of a step with over without, wall and CPU time of "
@@ -195,7 +196,7 @@ def evaluate(job: Job, measured: dict[str, Any]) -> dict[str, Any]:
             "ms": milliseconds[0],
             "p20": milliseconds[1],
             "p80": milliseconds[2],
-            "percent": 100 * milliseconds[0] / step[0],
+            "percent": 100 * milliseconds[0] / (cpu if name in (WATCHING, WRITING) else step[0]),
             "counted": name not in NOT_COUNTED,
         }
         for name, milliseconds in found.items()
@@ -206,7 +207,7 @@ def evaluate(job: Job, measured: dict[str, Any]) -> dict[str, Any]:
         for clock, suffix in (("wall", ""), ("cpu", "_cpu"))
     }
     return {
-        "step_ms": {"median": step[0], "p20": step[1], "p80": step[2]},
+        "step_ms": {"median": step[0], "p20": step[1], "p80": step[2], "cpu": cpu},
         "parts": table,
         "first_save_extra_s": first,
         "pairs": pairs,
@@ -226,7 +227,7 @@ def _quantiles(values: Sequence[float]) -> list[float]:
 def show(row: dict[str, Any], screen: Console) -> None:
     """Print the table of a setting."""
     title = f"{row['setting']}, {row['world']} process(es), step {row['step_ms']['median']:.0f} ms "
-    title += f"({row['step_ms']['p20']:.0f}..{row['step_ms']['p80']:.0f}), a save every {row['save_every']} steps, "
+    title += f"({row['step_ms']['p20']:.0f}..{row['step_ms']['p80']:.0f}; CPU {row['step_ms']['cpu']:.0f}), a save every {row['save_every']} steps, "
     title += f"{row['shares']} micro-batch(es){', spikes judged' if row['spikes'] else ''}"
     table = Table(title=title, title_justify="left")
     table.add_column("part", no_wrap=True)

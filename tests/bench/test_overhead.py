@@ -123,6 +123,7 @@ def test_the_sums():
     parts = {
         "steps": [0.1, 0.1, 0.1, 7.0, 0.1],
         "each_step": each,
+        "step_cpu": 0.05,
         "watching": 0.0005,
         "each_save": {"save": [2.0, 0.04], WRITING: [0.08, 0.08]},
     }
@@ -135,9 +136,9 @@ def test_the_sums():
     percent = {part["part"]: part["percent"] for part in row["parts"]}
     assert row["step_ms"]["median"] == pytest.approx(100)
     assert percent["guard: norm of the gradient"] == pytest.approx(1.0) and percent["log"] == pytest.approx(50)
-    assert percent[WATCHING] == pytest.approx(0.5)
-    assert percent["save"] == pytest.approx(10) and percent[WRITING] == pytest.approx(20)
-    assert row["share"] == pytest.approx(31.5) and row["first_save_extra_s"] == pytest.approx(1.96)
+    assert percent[WATCHING] == pytest.approx(1.0)
+    assert percent["save"] == pytest.approx(10) and percent[WRITING] == pytest.approx(40)
+    assert row["share"] == pytest.approx(52) and row["first_save_extra_s"] == pytest.approx(1.96)
     assert row["pairs_percent"] == {"wall": pytest.approx([10, 0]), "cpu": pytest.approx([0, 2])}
 
 
