@@ -180,6 +180,7 @@ def _end(processes: list[subprocess.Popen[str]]) -> list[int]:
 def evaluate(job: Job, measured: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds and percent of a step by part, the ratios of the pairs, and the sum of the parts that count."""
     parts = measured["parts"]
+    cpu = 1e3 * parts["step_cpu"]
     step = _quantiles([1e3 * seconds for seconds in parts["steps"]])
     found = {
         name: _quantiles([1e3 * seconds for seconds in parts["each_step"][name]]) for name in (*EACH_STEP, WATCHED)
@@ -226,8 +227,9 @@ def _quantiles(values: Sequence[float]) -> list[float]:
 
 def show(row: dict[str, Any], screen: Console) -> None:
     """Print the table of a setting."""
-    title = f"{row['setting']}, {row['world']} process(es), step {row['step_ms']['median']:.0f} ms "
-    title += f"({row['step_ms']['p20']:.0f}..{row['step_ms']['p80']:.0f}; CPU {row['step_ms']['cpu']:.0f}), a save every {row['save_every']} steps, "
+    step = row["step_ms"]
+    title = f"{row['setting']}, {row['world']} process(es), step {step['median']:.0f} ms "
+    title += f"({step['p20']:.0f}..{step['p80']:.0f}; CPU {step['cpu']:.0f}), a save every {row['save_every']} steps, "
     title += f"{row['shares']} micro-batch(es){', spikes judged' if row['spikes'] else ''}"
     table = Table(title=title, title_justify="left")
     table.add_column("part", no_wrap=True)
