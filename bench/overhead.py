@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,25 +25,28 @@ from rich.table import Table
 
 from bench import document, tables
 from bench.harness import Setting
-from bench.overhead_run import EACH_STEP, NOT_COUNTED, WARM_UP, WATCHED, WATCHING, Job
+from bench.overhead_run import EACH_STEP, NOT_COUNTED, WARM_UP, WATCHED, WATCHING, WRITING, Job
 
 BOUND = 2.0
 """Percent of a step that guard and checkpoints may cost together."""
 STRESS = {"save_every": 5, "shares": 2, "spikes": True}
 SETTINGS: dict[str, dict[str, Any]] = {"demo": {"save_every": 65, "shares": 1, "spikes": False}, "stress": STRESS}
 SCENE: tuple[int, int] | None = None
-"""Height and width of the scenes; None: the demo's own."""
+"""See Job.scene."""
+GRACE_S = 5.0
+"""For the processes that are left, to say what they know."""
 METHOD = {
     "parts": (
         "one training; the main thread's time.perf_counter in each method, without other parts inside of it: median "
         "over steps (of saves: over saves without the first, divided by save_every) as a share of the median step; "
-        "CPU time of the threads that write and watch counts in full, as though no core were free"
+        "CPU time of the threads that write and watch counts in full, as though no core were free, as a share of the "
+        "main thread's CPU time of a step, because other programs lengthen the wall time alone"
     ),
     "pairs": (
         "whole trainings in one process, alternating: mean seconds of a step with over without, wall and CPU time of "
         "the process; median and extremes over rounds. The last save and the evaluation are outside of it"
     ),
-    "norm": "the guard's norm of the gradient serves --optim.clip_norm too, which the demo has: it is counted all the same",
+    "norm": "the guard's norm of the gradient serves --optim.clip_norm too, which the demo has: it is counted here",
     "threads": 1,
 }
 
@@ -150,7 +154,7 @@ def run(job: Job, world: int, folder: Path) -> dict[str, Any]:
         process.stdin.write(json.dumps(dataclasses.asdict(job)))
         process.stdin.close()
         processes.append(process)
-    codes = [process.wait() for process in processes]
+    codes = _end(processes)
     found = [json.loads(path.read_text(encoding="utf-8")) for path in results if path.exists()]
     errors = [content["error"] for content in found if "error" in content]
     if errors or any(codes):
@@ -159,9 +163,24 @@ def run(job: Job, world: int, folder: Path) -> dict[str, Any]:
     return measured
 
 
+def _end(processes: list[subprocess.Popen[str]]) -> list[int]:
+    """Wait for all; where one fails, the others have nothing to wait for."""
+    try:
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                time.sleep(GRACE_S)
+                break
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.wait() for process in processes]
+
+
 def evaluate(job: Job, measured: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds and percent of a step by part, the ratios of the pairs, and the sum of the parts that count."""
     parts = measured["parts"]
+    cpu = 1e3 * parts["step_cpu"]
     step = _quantiles([1e3 * seconds for seconds in parts["steps"]])
     found = {
         name: _quantiles([1e3 * seconds for seconds in parts["each_step"][name]]) for name in (*EACH_STEP, WATCHED)
@@ -178,7 +197,7 @@ def evaluate(job: Job, measured: dict[str, Any]) -> dict[str, Any]:
             "ms": milliseconds[0],
             "p20": milliseconds[1],
             "p80": milliseconds[2],
-            "percent": 100 * milliseconds[0] / step[0],
+            "percent": 100 * milliseconds[0] / (cpu if name in (WATCHING, WRITING) else step[0]),
             "counted": name not in NOT_COUNTED,
         }
         for name, milliseconds in found.items()
@@ -189,7 +208,7 @@ def evaluate(job: Job, measured: dict[str, Any]) -> dict[str, Any]:
         for clock, suffix in (("wall", ""), ("cpu", "_cpu"))
     }
     return {
-        "step_ms": {"median": step[0], "p20": step[1], "p80": step[2]},
+        "step_ms": {"median": step[0], "p20": step[1], "p80": step[2], "cpu": cpu},
         "parts": table,
         "first_save_extra_s": first,
         "pairs": pairs,
@@ -208,8 +227,9 @@ def _quantiles(values: Sequence[float]) -> list[float]:
 
 def show(row: dict[str, Any], screen: Console) -> None:
     """Print the table of a setting."""
-    title = f"{row['setting']}, {row['world']} process(es), step {row['step_ms']['median']:.0f} ms "
-    title += f"({row['step_ms']['p20']:.0f}..{row['step_ms']['p80']:.0f}), a save every {row['save_every']} steps, "
+    step = row["step_ms"]
+    title = f"{row['setting']}, {row['world']} process(es), step {step['median']:.0f} ms "
+    title += f"({step['p20']:.0f}..{step['p80']:.0f}; CPU {step['cpu']:.0f}), a save every {row['save_every']} steps, "
     title += f"{row['shares']} micro-batch(es){', spikes judged' if row['spikes'] else ''}"
     table = Table(title=title, title_justify="left")
     table.add_column("part", no_wrap=True)
