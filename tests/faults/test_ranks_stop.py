@@ -59,10 +59,8 @@ def begin(folder: Path, world: int, options: list[str]) -> tuple[Training, float
 
 # (place, its call, signal, to whom, mode); a rank is asked 3 times in each of the evaluations, after steps 4 and 8
 MOMENTS = [
-    ("step", 1, "SIGTERM", (1,), "ddp"),
-    ("image", 4, "SIGTERM", (0,), "ddp"),  # in the evaluation of the last step
-    ("backward", 5, "SIGUSR1", (0, 1), "fsdp"),
-    ("saving", 1, "SIGINT", (1,), "ddp"),
+    ("step", 1, "SIGTERM", (1,), "fsdp"),
+    ("image", 4, "SIGUSR1", (0,), "ddp"),  # in the evaluation of the last step
 ]
 MORE = [
     (place, call, name, who, mode)
@@ -113,6 +111,15 @@ def stop_at(tmp_path: Path, whole: Path, moment: tuple, world: int = 2, more: tu
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: "-".join(map(str, moment)))
 def test_all_stop_after_the_same_step_and_go_on_bit_for_bit(moment, tmp_path: Path, whole) -> None:
     stop_at(tmp_path, whole(moment[-1])[0], moment)
+
+
+def test_a_signal_after_the_last_step_comes_too_late(tmp_path: Path, whole) -> None:
+    run = tmp_path / "run"
+    options = [*RUN, "--parallel.mode=ddp", "--run.dir", str(run)]
+    ended = train(tmp_path, 2, options, (at_call, ((0,), "finishing", 1, send_self, tmp_path, "SIGTERM")))
+    check(ended)
+    assert done_at(tmp_path) > 0 and not any(errors(rank) for rank in ended)
+    check_same(run, whole("ddp")[0])
 
 
 @pytest.mark.slow
