@@ -59,7 +59,7 @@ def begin(folder: Path, world: int, options: list[str]) -> tuple[Training, float
 
 # (place, its call, signal, to whom, mode); a rank is asked 3 times in each of the evaluations, after steps 4 and 8
 MOMENTS = [
-    ("step", 1, "SIGTERM", (1,), "fsdp"),
+    ("step", 5, "SIGTERM", (1,), "fsdp"),
     ("image", 4, "SIGUSR1", (0,), "ddp"),  # in the evaluation of the last step
 ]
 MORE = [
