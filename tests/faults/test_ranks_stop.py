@@ -62,34 +62,28 @@ MOMENTS = [
     ("step", 5, "SIGTERM", (1,), "fsdp"),
     ("image", 4, "SIGUSR1", (0,), "ddp"),  # in the evaluation of the last step
 ]
+PLACED = [
+    ("data", 1),
+    ("step", 1),
+    ("step", 2),
+    ("step", 7),
+    ("backward", 6),
+    ("reading", 4),
+    ("evaluation", 1),
+    ("evaluation", 2),
+    ("image", 1),
+    ("image", 3),
+    ("image", 5),
+    ("saving", 1),
+    ("saving", 2),
+    ("writing", 1),
+    ("writing", 2),
+]
+SENT = [("SIGTERM", (1,)), ("SIGINT", (0,)), ("SIGUSR1", (1,)), ("SIGTERM", (0, 1)), ("SIGTERM", (0,))]
 MORE = [
-    (place, call, name, who, mode)
+    (*placed, *SENT[(number + 2 * (mode == "fsdp")) % len(SENT)], mode)
     for mode in ("ddp", "fsdp")
-    for number, (place, call) in enumerate(
-        [
-            ("data", 1),
-            ("step", 1),
-            ("step", 2),
-            ("step", 5),
-            ("step", 7),
-            ("backward", 6),
-            ("reading", 4),
-            ("evaluation", 1),
-            ("evaluation", 2),
-            ("image", 1),
-            ("image", 3),
-            ("image", 4),
-            ("image", 5),
-            ("saving", 2),
-            ("writing", 1),
-            ("writing", 2),
-        ]
-    )
-    for name, who in [
-        ("SIGTERM", (number % 2,)),
-        (("SIGINT", "SIGUSR1")[number % 2], (1 - number % 2,)),
-        ("SIGTERM", (0, 1)),
-    ]
+    for number, placed in enumerate(PLACED)
 ]
 
 
