@@ -28,8 +28,8 @@ from tests.methods.run_support import TINY, children
 from tests.ranks import Ended, train
 
 RUN = [*TINY, "--run.device=cpu", "--run.log_every=5", "--run.evaluate_every=4", "--data.scenes.evaluation_count=5"]
-"""8 steps, a row after the fifth (so at every checkpoint a window is open), a checkpoint every 3, an evaluation every 4,
-of 3 images on rank 0 and 2 on rank 1."""
+"""8 steps, a row after the fifth (so a window is open at every checkpoint), a checkpoint every 3, an evaluation
+every 4, of 3 images on rank 0 and 2 on rank 1."""
 STOP_S = 20.0
 DEATH_S = 60.0
 
