@@ -220,3 +220,10 @@ def check_same(parts: Path, whole: Path, stages: Sequence[str] = ()) -> None:
         assert [name for name in one if not torch.equal(one[name], two[name])] == []
     shipped, again = (run / "model.safetensors" for run in (whole, parts))
     assert shipped.read_bytes() == again.read_bytes()
+
+
+def check_windows(run: Path) -> None:
+    """The newest checkpoint holds each rank's own sums of the steps after the last row."""
+    windows = {name: value for name, value in tensors(run).items() if name.startswith(".window.")}
+    assert len(windows) > 1 and all(window.any() for window in windows.values())
+    assert len({tuple(window.tolist()) for window in windows.values()}) == len(windows)

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from ssr_fast.engine.guard import StopSignal
-from tests.faults.ranks_run import RUN, at_call, check_same, check_stopped, done_at, errors, resume, send_self
+from tests.faults.ranks_run import (
+    RUN,
+    at_call,
+    check_same,
+    check_stopped,
+    check_windows,
+    done_at,
+    errors,
+    resume,
+    send_self,
+)
 from tests.ranks import Training, check, train
 
 
@@ -99,6 +109,7 @@ def stop_at(tmp_path: Path, whole: Path, moment: tuple, world: int = 2, more: tu
     check(ended)
     assert f"resumed ssr after step {step} from" in ended[0].out
     check_same(run, whole)
+    check_windows(run)
     return step
 
 
