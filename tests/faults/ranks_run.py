@@ -22,12 +22,14 @@ from ssr_fast.engine.step import TrainStep, statistics
 from ssr_fast.engine.trainer import Trainer
 from ssr_fast.errors import UserError
 from ssr_fast.evaluator import Evaluator
+from ssr_fast.session import Session
 from tests.faults.test_resume import rows, tensors
 from tests.methods.run_support import TINY, children
 from tests.ranks import Ended, train
 
-RUN = [*TINY, "--run.device=cpu", "--run.evaluate_every=4", "--data.scenes.evaluation_count=5"]
-"""8 steps, a row every 2, a checkpoint every 3, an evaluation every 4, of 3 images on rank 0 and 2 on rank 1."""
+RUN = [*TINY, "--run.device=cpu", "--run.log_every=5", "--run.evaluate_every=4", "--data.scenes.evaluation_count=5"]
+"""8 steps, a row after the fifth (so a window is open at every checkpoint), a checkpoint every 3, an evaluation
+every 4, of 3 images on rank 0 and 2 on rank 1."""
 STOP_S = 20.0
 DEATH_S = 60.0
 
@@ -41,7 +43,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "saving": (CheckpointStore, "save"),
     "writing": (CheckpointStore, "_write"),
     "branch": (Trainer, "_save_branch"),
-    "shipping": (Wrapped, "student"),
+    "finishing": (Session, "_finish"),
 }
 """What a rank is about to do when the deed is done, as the owner and the name of a function."""
 
@@ -195,7 +197,8 @@ def check_told(ended: Sequence[Ended], alone: int, pattern: str, since: float) -
     for number, rank in enumerate(ended):
         assert rank.code != 0
         if number != alone:
-            said = [line.removeprefix("error: ") for line in errors(rank)]
+            assert "Traceback" not in rank.err
+            said = [line.removeprefix("error: ") for line in errors(rank) if re.match(r"error: |rank \d", line)]
             assert len(said) == 1 and re.fullmatch(rf"rank {number}: {pattern}", said[0]), (number, rank.err)
     assert seconds < DEATH_S
 
@@ -217,3 +220,10 @@ def check_same(parts: Path, whole: Path, stages: Sequence[str] = ()) -> None:
         assert [name for name in one if not torch.equal(one[name], two[name])] == []
     shipped, again = (run / "model.safetensors" for run in (whole, parts))
     assert shipped.read_bytes() == again.read_bytes()
+
+
+def check_windows(run: Path) -> None:
+    """The newest checkpoint holds each rank's own sums of the steps after the last row."""
+    windows = {name: value for name, value in tensors(run).items() if name.startswith(".window.")}
+    assert len(windows) > 1 and all(window.any() for window in windows.values())
+    assert len({tuple(window.tolist()) for window in windows.values()}) == len(windows)

@@ -55,11 +55,11 @@ def killed(tmp_path: Path, dead: int, place: str, call: int, mode: str, whole: P
     deed = ((dead,), place, call, send_self, tmp_path, "SIGKILL")
     ended = train(tmp_path, world, options, (note_workers, (tmp_path, *deed)))
     assert ended[dead].code == -signal.SIGKILL
-    who = rf"rank {dead} \(host \S+, process \d+\)"
-    sentence = (
-        rf"stopped, because {who} died, last seen \d+ s ago in [^:]*: look at its output above, then continue with "
-    )
-    check_told(ended, dead, sentence + re.escape(f"--resume {run}"), done_at(tmp_path))
+    sentence = rf"stopped, because rank {dead} \(host \S+, process \d+\) died, last seen \d+ s ago in [^:]*"
+    if dead == 0 and call == 1:  # perhaps nobody has heard of it yet, and it held the store
+        sentence = rf"({sentence}|stopped, because rank 0 cannot be reached any more)"
+    advice = re.escape(f": look at its output above, then continue with --resume {run}")
+    check_told(ended, dead, sentence + advice, done_at(tmp_path))
     if list(tmp_path.glob("workers-*")):
         assert workers_left(tmp_path) == []
     saved = sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.faults.ranks_run import RUN, at_call, check_same, check_stopped, done_at, resume, send_self
+from tests.faults.test_resume import rows, tensors
 from tests.faults.test_source_free_run import FREE, SCENES, SIZES
 from tests.ranks import check, train
 
@@ -61,6 +63,20 @@ def broken(tmp_path: Path, kind: str, mode: str, place: str, call: int, who: int
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_stop_in_the_evaluation_at_the_branch(mode: str, tmp_path: Path, whole: Callable[[str, str], Path]) -> None:
     broken(tmp_path, "branch", mode, "image", 2, 1, "SIGTERM", whole("branch", mode))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_the_supervised_stage_equals_one_trained_alone(
+    mode: str, tmp_path: Path, whole: Callable[[str, str], Path]
+) -> None:
+    run, both = tmp_path / "run", whole("branch", mode)
+    options = [option for option in BRANCH if "stages" not in option and "start_step" not in option]
+    mine = ["--method.name=supervised", f"--parallel.mode={mode}", "--run.dir", str(run)]
+    check(train(tmp_path, 2, [*options, *mine]))
+    assert rows(both, "metrics-source_only.jsonl") == rows(run)
+    one, two = tensors(run), tensors(both, "checkpoints/source_only")
+    assert one.keys() == two.keys() and [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
 MOMENTS = [

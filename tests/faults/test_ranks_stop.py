@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from ssr_fast.engine.guard import StopSignal
-from tests.faults.ranks_run import RUN, at_call, check_same, check_stopped, done_at, errors, resume, send_self
+from tests.faults.ranks_run import (
+    RUN,
+    at_call,
+    check_same,
+    check_stopped,
+    check_windows,
+    done_at,
+    errors,
+    resume,
+    send_self,
+)
 from tests.ranks import Training, check, train
 
 
@@ -59,39 +69,31 @@ def begin(folder: Path, world: int, options: list[str]) -> tuple[Training, float
 
 # (place, its call, signal, to whom, mode); a rank is asked 3 times in each of the evaluations, after steps 4 and 8
 MOMENTS = [
-    ("step", 1, "SIGTERM", (1,), "ddp"),
-    ("image", 4, "SIGTERM", (0,), "ddp"),  # in the evaluation of the last step
-    ("backward", 5, "SIGUSR1", (0, 1), "fsdp"),
-    ("saving", 1, "SIGINT", (1,), "ddp"),
+    ("step", 5, "SIGTERM", (1,), "fsdp"),
+    ("image", 4, "SIGUSR1", (0,), "ddp"),  # in the evaluation of the last step
 ]
+PLACED = [
+    ("data", 1),
+    ("step", 1),
+    ("step", 2),
+    ("step", 7),
+    ("backward", 6),
+    ("reading", 4),
+    ("evaluation", 1),
+    ("evaluation", 2),
+    ("image", 1),
+    ("image", 3),
+    ("image", 5),
+    ("saving", 1),
+    ("saving", 2),
+    ("writing", 1),
+    ("writing", 2),
+]
+SENT = [("SIGTERM", (1,)), ("SIGINT", (0,)), ("SIGUSR1", (1,)), ("SIGTERM", (0, 1)), ("SIGTERM", (0,))]
 MORE = [
-    (place, call, name, who, mode)
+    (*placed, *SENT[(number + 2 * (mode == "fsdp")) % len(SENT)], mode)
     for mode in ("ddp", "fsdp")
-    for number, (place, call) in enumerate(
-        [
-            ("data", 1),
-            ("step", 1),
-            ("step", 2),
-            ("step", 5),
-            ("step", 7),
-            ("backward", 6),
-            ("reading", 4),
-            ("evaluation", 1),
-            ("evaluation", 2),
-            ("image", 1),
-            ("image", 3),
-            ("image", 4),
-            ("image", 5),
-            ("saving", 2),
-            ("writing", 1),
-            ("writing", 2),
-        ]
-    )
-    for name, who in [
-        ("SIGTERM", (number % 2,)),
-        (("SIGINT", "SIGUSR1")[number % 2], (1 - number % 2,)),
-        ("SIGTERM", (0, 1)),
-    ]
+    for number, placed in enumerate(PLACED)
 ]
 
 
@@ -107,12 +109,22 @@ def stop_at(tmp_path: Path, whole: Path, moment: tuple, world: int = 2, more: tu
     check(ended)
     assert f"resumed ssr after step {step} from" in ended[0].out
     check_same(run, whole)
+    check_windows(run)
     return step
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: "-".join(map(str, moment)))
 def test_all_stop_after_the_same_step_and_go_on_bit_for_bit(moment, tmp_path: Path, whole) -> None:
     stop_at(tmp_path, whole(moment[-1])[0], moment)
+
+
+def test_a_signal_after_the_last_step_comes_too_late(tmp_path: Path, whole) -> None:
+    run = tmp_path / "run"
+    options = [*RUN, "--parallel.mode=ddp", "--run.dir", str(run)]
+    ended = train(tmp_path, 2, options, (at_call, ((0,), "finishing", 1, send_self, tmp_path, "SIGTERM")))
+    check(ended)
+    assert done_at(tmp_path) > 0 and not any(errors(rank) for rank in ended)
+    check_same(run, whole("ddp")[0])
 
 
 @pytest.mark.slow
