@@ -268,7 +268,6 @@ def aged(run: Path) -> None:
 
 
 @slow
-@pytest.mark.xfail(reason="the trainer asks for the guard's state", strict=True)
 def test_a_checkpoint_of_before_the_guard_is_resumed(tmp_path: Path, runs: Runs) -> None:
     """It counts the skipped steps of then; weights and metrics go on to the bit."""
     run, uncut = runs.begun(tmp_path / "run", 1, LATE), runs.whole(1, LATE)
