@@ -34,7 +34,7 @@ from ssr_fast.engine.ranks import Ranks, join
 from ssr_fast.engine.step_guard import StepGuard, _Averaged
 from ssr_fast.engine.trainer import Trainer
 from ssr_fast.engine.vote import Vote
-from ssr_fast.engine.watch import Watch
+from ssr_fast.engine.watch import At, Watch, nowhere
 from ssr_fast.presets import demo
 from ssr_fast.session import Session
 
@@ -244,7 +244,7 @@ class Measurement:
             StopSignal() as stop,
             watch or contextlib.nullcontext(),
         ):
-            at = watch.at if watch is not None else lambda place: None
+            at: At = watch.at if watch is not None else nowhere
             session.at = at if clock is None else clock.timed(WATCHED, at)
             session.train_stage("ssr", stop)
         gc.collect()
