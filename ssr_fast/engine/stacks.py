@@ -11,6 +11,7 @@ from ssr_fast.engine.beats import LEFT, Beat
 
 _SHOWN = 5  # frames
 _COLLECTIVE = 3  # innermost frames among which one of torch.distributed means that it waits there
+_BACKWARD = "autograd/graph.py"  # which waits in C++ for the gradients of the other ranks, and shows nothing of it
 _HERE = f"{os.path.dirname(dist.__file__)}{os.sep}"
 
 
@@ -31,8 +32,8 @@ def frames_of(thread: int) -> tuple[str, ...]:
 
 
 def in_collective(beat: Beat) -> bool:
-    """Whether its main thread waits in torch.distributed."""
-    return any(frame.startswith("torch/distributed/") for frame in beat.frames[:_COLLECTIVE])
+    """Whether its main thread waits in torch.distributed, or in a backward pass that may wait there."""
+    return any(frame.startswith(("torch/distributed/", _BACKWARD)) for frame in beat.frames[:_COLLECTIVE])
 
 
 def table(beats: Mapping[int, Beat], world: int) -> str:

@@ -190,6 +190,12 @@ def test_who_holds_the_others_up() -> None:
     assert holders(beat(0, "step 2", WAITS), beat(1, "step 2"), beat(2, "step 2", WAITS)) == [1]
     assert holders(beat(0, "step 2"), beat(1, "step 2"), beat(2, "step 2", WAITS)) == [0, 1]
     assert holders(beat(0, "step 2", ()), beat(1, "step 2", WAITS)) == [0]  # it gave no answer
+    backward = (
+        "autograd/graph.py:869 _engine_run_backward",
+        "autograd/__init__.py:347 backward",
+        "torch/_tensor.py:1 f",
+    )
+    assert holders(beat(0, "step 2", backward), beat(1, "step 2")) == [1]
     # who has not begun or has left, if all others wait
     assert holders(beat(0, "step 2", WAITS), beat(2, "step 2", WAITS), world=3) == [1]
     assert holders(beat(0, "step 2", WAITS), beat(1, "step 9", (), state=LEFT)) == [1]
