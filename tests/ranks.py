@@ -14,6 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from ssr_fast.engine import fork_server
+
 Before = tuple[Callable[..., None], tuple[Any, ...]]
 
 
@@ -40,7 +42,7 @@ class Training:
 
     def __init__(self, folder: Path, world: int, options: Sequence[str], before: Before | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.ranks_preload"])
+        fork_server.start("tests.ranks_preload")  # the server is one for all that needs one: as the trainer starts it
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
