@@ -225,9 +225,8 @@ def replicate(method: Method, reduced: torch.dtype, ranks: Ranks) -> Distributed
     names = [name for name, parameter in compute.named_parameters() if id(parameter) not in differentiated]
     names += [name for name, _ in compute.named_buffers()]  # the guard averages the statistics; others are equal
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(compute, names)
-    device = method.key.device
-    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
-        wrapped = DistributedDataParallel(  # on a stream of its own, else its backward pass cannot be captured
+    with _side_stream(method.key.device):
+        wrapped = DistributedDataParallel(
             compute,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
@@ -242,6 +241,19 @@ def replicate(method: Method, reduced: torch.dtype, ranks: Ranks) -> Distributed
         wrapped(None, False)["loss"].backward()
         wrapped.zero_grad(set_to_none=True)
     return wrapped
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """Make DistributedDataParallel inside of this: on a GPU's default stream, its backward pass cannot be captured."""
+    if device.type != "cuda":
+        yield
+        return
+    side, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
