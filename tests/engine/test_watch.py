@@ -66,13 +66,13 @@ def test_a_rank_may_be_gone_long_before_the_other(tmp_path: Path, early: int) ->
 
 def test_a_rank_that_is_left_alone_still_notices_its_own_hang(tmp_path: Path) -> None:
     def work(ranks: Ranks) -> None:
-        with Watch(ranks, timeout=1.0, resume=RESUME, lost=3.0) as watch:
+        with Watch(ranks, timeout=4.0, resume=RESUME, lost=3.0) as watch:
             ranks.barrier()
             if ranks.rank == 1:
                 watch.at("saving step 2")
                 block_for_ever()
             watch.at("the end")
-            time.sleep(0.8)  # for the other to have heard of it at least once
+            time.sleep(2.5)  # two beats, so that the other has heard of it
 
     ended = run_ranks(tmp_path, 2, work)
     assert [process.code for process in ended] == [0, 1]
