@@ -66,7 +66,8 @@ class Ranks:
         return made[0] if made else action()
 
     def common(self, error: Exception) -> Exception:
-        """An error that every rank raises at this place; marked, so that only rank 0 tells it."""
+        """An error that every rank raises at this place; marked: only rank 0 tells it, and they end together."""
+        error.common = True  # type: ignore[attr-defined]
         if not self.first:
             error.told_elsewhere = True  # type: ignore[attr-defined]
         return error

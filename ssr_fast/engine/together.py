@@ -52,12 +52,16 @@ def together(run: RunConfig, parallel: ParallelConfig, work: Work[T]) -> T:
         try:
             result = work(ranks, watch.at, stop)
         except Exception as error:
+            common = getattr(error, "common", False)
+            if common:
+                ranks.barrier()  # none is left alone while it still gets there
             if getattr(error, "told_elsewhere", False):
                 raise UserError("") from error
-            other = watch.explain(error)
+            other = watch.explain(error) if not common else None
             if other is not None:
                 raise other from error
-            watch.failed(_sentence(error))
+            if not common:
+                watch.failed(_sentence(error))
             if isinstance(error, UserError) and ranks.world > 1:
                 raise UserError("\n".join(f"rank {ranks.rank}: {line}" for line in str(error).splitlines())) from error
             raise
