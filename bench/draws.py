@@ -70,7 +70,7 @@ class CounterDraws:
     """
 
     def begin(self, method: SelfTraining, step: int) -> None:
-        key = step_key(method.seed, step, method.rank)
+        key = step_key(method.seed, step, 0)
         self.class_count = method.class_count
         self.noise, self.mixing = (torch.full_like(method.key, counter.fold(key, stream)) for stream in (1, 2))
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from ssr_fast.data.loader import DataConfig
 from ssr_fast.engine.optim import OptimConfig
-from ssr_fast.engine.parallel import ParallelConfig
+from ssr_fast.engine.parallel import SHARDED, ParallelConfig
 from ssr_fast.engine.ranks import launched
 from ssr_fast.engine.run_config import RunConfig
 from ssr_fast.engine.step_guard import GuardConfig
@@ -151,7 +151,7 @@ def _parallel_contradictions(config: TrainConfig, explicit: frozenset[str]) -> l
         for name in ("reduce", "sync_batchnorm")
         if world == 1 and f"parallel.{name}" in explicit
     ]
-    if mode in ("fsdp", "hsdp") and config.optim.fused == "apex":
+    if mode in SHARDED and config.optim.fused == "apex":
         found.append(
             f"--optim.fused apex knows no shards, which --parallel.mode {mode} makes: give --optim.fused torch"
         )

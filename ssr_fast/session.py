@@ -21,7 +21,7 @@ from ssr_fast.engine.apex import check_fused
 from ssr_fast.engine.attention import check_attention, check_sam_attention
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.guard import StopSignal
-from ssr_fast.engine.host_memory import keep_freed_memory
+from ssr_fast.engine.host_memory import freeze_what_stays, keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
 from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.parallel import wrap
@@ -226,6 +226,7 @@ class Session:
             Stopped, UserError: see `train`.
         """
         stage, config, shared = STAGE_NAMES[name], self.config, self._shared_steps()
+        freeze_what_stays()
         seed_generators(config.run.seed, self.ranks.rank)
         features, stored = None, None
         if name == "ssr" and self.domains.features is not None:

@@ -90,7 +90,9 @@ class CheckpointStore:
         ranks.on_first(self._open)
         unseen = _problem_of_any(ranks, None if folder.is_dir() else f"there is no folder {folder}")
         if unseen is not None:
-            raise UserError(f"{unseen}: give a run directory on a disk that all machines share (--run.dir)")
+            raise ranks.common(
+                UserError(f"{unseen}: give a run directory on a disk that all machines share (--run.dir)")
+            )
         # the thread's collectives must not cross those that the main thread makes at the same time
         own = dist.new_group(backend="gloo", timeout=PATIENCE) if background and ranks.world > 1 else ranks.control
         self._writers = dataclasses.replace(ranks, control=own)
@@ -182,8 +184,10 @@ class CheckpointStore:
         # the first rank alone knows what `latest` has read already
         reason = self._ranks.on_first(lambda: None if path == self._verified else verify(path))
         if reason is not None:
-            raise UserError(
-                f"the checkpoint {path} cannot be used: {reason}; resume from another step-<n> folder beside it"
+            raise self._ranks.common(
+                UserError(
+                    f"the checkpoint {path} cannot be used: {reason}; resume from another step-<n> folder beside it"
+                )
             )
         from ssr_fast.engine.dcp_files import load_tensors, open_checkpoint
 
@@ -191,7 +195,7 @@ class CheckpointStore:
         manifest, found, problem = open_checkpoint(path, tensors, optional)
         problem = _problem_of_any(self._ranks, problem)
         if problem is not None:
-            raise UserError(problem)
+            raise self._ranks.common(UserError(problem))
         try:
             load_tensors(path, found, self._ranks.control)
         except OSError as error:
@@ -231,9 +235,11 @@ class CheckpointStore:
                 lines = outcome()
         except _NotWritten as failure:
             if strict:
-                raise UserError(
-                    f"the checkpoint of step {step} could not be written to {self.folder}: {failure}; "
-                    "the earlier checkpoints are whole: make room or repair the folder, then continue with --resume"
+                raise self._ranks.common(
+                    UserError(
+                        f"the checkpoint of step {step} could not be written to {self.folder}: {failure}; the earlier "
+                        "checkpoints are whole: make room or repair the folder, then continue with --resume"
+                    )
                 ) from failure
             if self._ranks.first:
                 last = newest_whole(self.folder)

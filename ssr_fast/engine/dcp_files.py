@@ -60,10 +60,8 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
         OSError: a rank could not write; raised on every rank.
     """
     try:
-        # nothing is copied ahead: that would use CUDA, on the first GPU, in the thread that writes
         _quiet()
-        writer = _Writer(folder, per_thread_copy_ahead=0)
-        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+        dcp.save(dict(tensors), storage_writer=_Writer(folder), process_group=group, no_dist=group is None)
     except CheckpointException as failure:
         raise _first_failure(failure, group) from failure
 

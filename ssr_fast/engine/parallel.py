@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,10 @@ from ssr_fast.methods.method import Method
 from ssr_fast.models.mit import Block
 from ssr_fast.models.segmentor import Segmentor, SegmentorOutput, build_segmentor
 
-MODES = ("auto", "single", "ddp", "fsdp", "hsdp")
+SHARDED = ("fsdp", "hsdp")
+GROUPED = ("ddp", *SHARDED)
+"""What needs a process group, also of a process alone."""
+MODES = ("auto", "single", *GROUPED)
 REDUCED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BUCKET = 64 << 20
 
@@ -117,11 +121,9 @@ class Wrapped:
         self.method, self.mode = method, mode
         self._ddp, self._ranks, self._late = ddp, ranks or Ranks(), late
         self._plain: Segmentor | None = None
-
-    @property
-    def sharded(self) -> bool:
+        self.sharded = mode in SHARDED
         """Whether a process holds parts of the nets only."""
-        return self.mode in ("fsdp", "hsdp")
+        self._shards: list[Any] = list(_trained(method)) if self.sharded else []
 
     def __call__(self, batch: Batch, begun: bool) -> dict[str, Tensor]:
         """See Method.compute."""
@@ -132,9 +134,8 @@ class Wrapped:
     def share(self, last: bool) -> Iterator[None]:
         """Around forward and backward of one of the micro-batches of a step; gradients are averaged over the processes
         after the last one alone."""
-        if self.sharded:
-            for net in _trained(self.method):
-                net.set_requires_gradient_sync(last)  # type: ignore[operator]
+        for net in self._shards:
+            net.set_requires_gradient_sync(last)
         kept = self._ddp is not None and (self._late is not None or not last)
         with self._ddp.no_sync() if self._ddp is not None and kept else contextlib.nullcontext():
             yield
@@ -181,7 +182,7 @@ def wrap(
     """
     parallel, ranks = parallel or ParallelConfig(mode="single"), ranks or Ranks()
     mode = parallel.picked(ranks.world)
-    sharded = mode in ("fsdp", "hsdp")
+    sharded = mode in SHARDED
     method.student.backbone.recompute_blocks = run.recompute_blocks  # first: working copies take it over
     apply_precision(method, precision, copies=not sharded)  # makes the nets that the step runs; shards have types
     apply_attention(method, run.attention)
@@ -258,12 +259,13 @@ def _side_stream(device: torch.device) -> Iterator[None]:
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
     """The gradients in order, some 64 MB at a time."""
-    bucket: list[Tensor] = []
+    bucket, size = list[Tensor](), 0
     for gradient in gradients:
-        if bucket and sum(part.nbytes for part in bucket) + gradient.nbytes > _BUCKET:
+        if bucket and size + gradient.nbytes > _BUCKET:
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(gradient)
+        size += gradient.nbytes
     if bucket:
         yield bucket
 

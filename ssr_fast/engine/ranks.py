@@ -88,15 +88,29 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
+    def barrier(self, patience: timedelta = PATIENCE) -> None:
+        """Wait for every rank.
+
+        Raises:
+            RuntimeError: one has died, or has not come in time.
+        """
         if self.control is not None:
-            dist.barrier(self.control)
+            dist.monitored_barrier(self.control, timeout=patience)
 
     def close(self) -> None:
         """Leave the other ranks; the last thing that a process does with them."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_common(error: BaseException) -> bool:
+    """Whether every rank raises it, see Ranks.common."""
+    return getattr(error, "common", False)
+
+
+def is_told_elsewhere(error: BaseException) -> bool:
+    """Whether rank 0 tells it."""
+    return getattr(error, "told_elsewhere", False)
 
 
 def launched() -> int:

@@ -2,15 +2,18 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 from ssr_fast.engine.guard import StopSignal
-from ssr_fast.engine.parallel import ParallelConfig
-from ssr_fast.engine.ranks import Ranks, first, join
+from ssr_fast.engine.parallel import GROUPED, ParallelConfig
+from ssr_fast.engine.ranks import Ranks, first, is_common, is_told_elsewhere, join
 from ssr_fast.engine.run_config import RunConfig, pick_device
 from ssr_fast.engine.watch import At, Watch
 from ssr_fast.errors import UserError
 
+TOGETHER = timedelta(seconds=30)
+"""How long a rank waits, at its end, for the others to get to the same mistake."""
 T = TypeVar("T")
 Work = Callable[[Ranks, At, StopSignal | None], T]
 
@@ -43,30 +46,42 @@ def together(run: RunConfig, parallel: ParallelConfig, work: Work[T]) -> T:
     """
     with told_once():
         device = pick_device(run.device)
-    ranks = join(device.type, group=parallel.mode in ("ddp", "fsdp", "hsdp"))
-    with (
-        # around all: torchrun sends SIGTERM to those that are left, and they still have to say why
-        StopSignal() if ranks.world > 1 else contextlib.nullcontext() as stop,
-        Watch(ranks, timeout=parallel.hang_timeout, resume=f"--resume {run.dir}") as watch,
-    ):
-        try:
-            result = work(ranks, watch.at, stop)
-        except Exception as error:
-            common = getattr(error, "common", False)
-            if common:
-                ranks.barrier()  # none is left alone while it still gets there
-            if getattr(error, "told_elsewhere", False):
-                raise UserError("") from error
-            other = watch.explain(error) if not common else None
-            if other is not None:
-                raise other from error
-            if not common:
-                watch.failed(_sentence(error))
-            if isinstance(error, UserError) and ranks.world > 1:
-                raise UserError("\n".join(f"rank {ranks.rank}: {line}" for line in str(error).splitlines())) from error
+    ranks = join(device.type, group=parallel.mode in GROUPED)
+    try:
+        with (
+            # around all: torchrun sends SIGTERM to those that are left, and they still have to say why
+            StopSignal() if ranks.world > 1 else contextlib.nullcontext() as stop,
+            Watch(ranks, timeout=parallel.hang_timeout, resume=f"--resume {run.dir}") as watch,
+        ):
+            try:
+                result = work(ranks, watch.at, stop)
+            except Exception as error:
+                if not is_common(error):
+                    other = watch.explain(error)
+                    if other is not None:
+                        raise other from error
+                    watch.failed(_sentence(error))
+                raise
+    except Exception as error:
+        if is_common(error):
+            with contextlib.suppress(RuntimeError):  # a rank that dies meanwhile changes nothing about the mistake
+                ranks.barrier(TOGETHER)  # behind the watch, which would miss a rank that ends before it
+        told = _as_told(error, ranks)
+        if told is error:
             raise
+        raise told from error
     ranks.close()
     return result
+
+
+def _as_told(error: Exception, ranks: Ranks) -> Exception:
+    """An error as this rank tells it: a user's mistake with its number, and nothing where another rank tells it."""
+    if is_told_elsewhere(error):
+        return UserError("")
+    text = str(error)
+    if not isinstance(error, UserError) or ranks.world == 1 or text.startswith("rank "):
+        return error
+    return UserError("\n".join(f"rank {ranks.rank}: {line}" for line in text.splitlines()))
 
 
 def _sentence(error: Exception) -> str:

@@ -2,7 +2,6 @@
 checkpoints, resume and a clean stop, at the same step on every rank."""
 
 import contextlib
-import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -164,7 +163,6 @@ class Trainer:
         return self.scores
 
     def _train(self) -> None:
-        gc.freeze()  # what is here stays: Python would search it all again at each save, which makes many objects
         started = time.perf_counter() - self.seconds
         with (
             Progress(self.run.steps, self.method.stage_name, self.done, self.console) as progress,

@@ -81,7 +81,6 @@ class Method(nn.Module):
         student: the network that is trained, evaluated and shipped.
         weights: float32 [256] class weights of the cross-entropy.
         seed: the run's seed.
-        rank: this process among those that train together.
     """
 
     stage_name = "source_only"
@@ -90,9 +89,9 @@ class Method(nn.Module):
     class_weight: Tensor
     key: Tensor
 
-    def __init__(self, student: Segmentor, weights: Tensor, seed: int, rank: int = 0) -> None:
+    def __init__(self, student: Segmentor, weights: Tensor, seed: int) -> None:
         super().__init__()
-        self.student, self.seed, self.rank = student, seed, rank
+        self.student, self.seed = student, seed
         self.copies, self.dtype = nn.ModuleDict(), torch.float32
         self.register_buffer("class_weight", weights, persistent=False)
         self.register_buffer("key", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -163,9 +162,10 @@ class Method(nn.Module):
         self.student.noise.key.copy_(counter.fold(key, 1))
 
     def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Loss terms of a step, scalars; "loss" is what is differentiated, the others are for the log."""
+        """Loss terms of a step of a process alone, scalars; "loss" is what is differentiated, the others are for the
+        log."""
         self.begin(step)
-        self.draw(torch.full((), step_key(self.seed, step, self.rank), dtype=torch.int64, device=self.key.device))
+        self.draw(torch.full((), step_key(self.seed, step, 0), dtype=torch.int64, device=self.key.device))
         return self.compute(batch, self.begun(step))
 
     def compute(self, batch: Batch, begun: bool) -> dict[str, Tensor]:

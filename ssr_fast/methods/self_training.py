@@ -105,7 +105,7 @@ class SelfTraining(Method):
     """Teacher-student self-training on [source; mixed].
 
     Args:
-        student, weights, seed, rank: see Method.
+        student, weights, seed: see Method.
         config: the options.
         class_count: K.
         things: classes of the feature distance.
@@ -125,9 +125,8 @@ class SelfTraining(Method):
         class_count: int,
         things: tuple[int, ...] = (),
         reference: nn.Module | None = None,
-        rank: int = 0,
     ) -> None:
-        super().__init__(student, weights, seed, rank)
+        super().__init__(student, weights, seed)
         self.config, self.class_count = config, class_count
         self.register_buffer("things", torch.tensor(things, dtype=torch.uint8).view(1, -1, 1, 1), persistent=False)
         self.teacher = Teacher(student, config.momentum)

@@ -153,7 +153,7 @@ class SourceFree(Method):
 
     Args:
         student: the source model.
-        weights, seed, rank: see Method.
+        weights, seed: see Method.
         config: the options.
         class_count: K.
     """
@@ -162,9 +162,9 @@ class SourceFree(Method):
     own_metrics = ("loss/target", "loss/contrast", "confident", "segments_sure")
 
     def __init__(
-        self, student: Segmentor, weights: Tensor, seed: int, config: SourceFreeConfig, class_count: int, rank: int = 0
+        self, student: Segmentor, weights: Tensor, seed: int, config: SourceFreeConfig, class_count: int
     ) -> None:
-        super().__init__(student, weights, seed, rank)
+        super().__init__(student, weights, seed)
         self.config, self.class_count = config, class_count
         self.teacher = Teacher(student, config.momentum, ramp=False)
         self.confidence = ClassConfidence(class_count, config.confidence_momentum)

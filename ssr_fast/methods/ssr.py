@@ -84,7 +84,7 @@ class Ssr(SelfTraining):
     """Self-training with the regulariser on top.
 
     Args:
-        student, weights, seed, config, class_count, things, reference, rank: see SelfTraining.
+        student, weights, seed, config, class_count, things, reference: see SelfTraining.
         ssr: the regulariser's options.
         encoder: the frozen encoder; None where every batch brings all features that are aligned to.
         views: keeps its features of the source images; None encodes them in every step.
@@ -105,10 +105,9 @@ class Ssr(SelfTraining):
         views: ViewCache | None = None,
         things: tuple[int, ...] = (),
         reference: nn.Module | None = None,
-        rank: int = 0,
         stored: StoredFeatures | None = None,
     ) -> None:
-        super().__init__(student, weights, seed, config, class_count, things, reference, rank)
+        super().__init__(student, weights, seed, config, class_count, things, reference)
         self.ssr, self.encoder, self.views = ssr, encoder, views
         if stored is None:
             assert encoder is not None, "features come from the encoder or with the batches"

@@ -19,7 +19,7 @@ from ssr_fast.engine.precision import apply_precision
 from ssr_fast.engine.ranks import Ranks
 from ssr_fast.engine.run_config import RunConfig
 from ssr_fast.engine.step import TrainStep
-from ssr_fast.methods.method import Method
+from ssr_fast.methods.method import Method, step_key
 from ssr_fast.models.segmentor import ModelConfig
 from ssr_fast.models.working_copy import WorkingCopy
 from tests.engine.forked import run_ranks
@@ -112,8 +112,9 @@ def by_ranks(make: Callable[[], Method], batch: Batch, count: int) -> dict[str, 
     total: dict[str, Tensor] = {}
     for rank, part in enumerate(batch.split(count)):
         method = make()
-        method.rank = rank
-        method.losses(part, 0)["loss"].backward()
+        method.begin(0)
+        method.draw(torch.tensor(step_key(method.seed, 0, rank)))
+        method.compute(part, method.begun(0))["loss"].backward()
         method.hand_over()
         for role, net in method.trainable().items():
             for name, p in net.named_parameters():
