@@ -152,7 +152,8 @@ class Link:
                     return  # the leader knows that we know: all is said, and the store may end at any time
                 if leave_by is not None and (time.monotonic() > leave_by or self._may_leave()):
                     return
-                self._wake.wait(BEAT_S if leave_by is None else 0.1)
+                # at first often: who dies before it was heard of cannot be told from a store that fails
+                self._wake.wait(BEAT_S if leave_by is None and self.beats else 0.1)
                 self._wake.clear()
         except RuntimeError as error:  # all that the store raises
             self.error = str(error)

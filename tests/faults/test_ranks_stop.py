@@ -155,9 +155,11 @@ def test_a_random_moment(mode: str, number: int, tmp_path: Path, whole, seed: in
     for rank in who:
         training.send(rank, signal.Signals[name])
     ended = training.end()
-    if [rank.code for rank in ended] == [0, 0]:  # it came after the last step: the run is finished
+    if all(rank.code in (0, -signal.Signals[name]) for rank in ended):  # after the last step; -15: after its last line
         print(f"too late to stop; ended {max(rank.at for rank in ended) - sent:.1f} s later")
         assert not any(errors(rank) for rank in ended)
+        assert ended[0].code == 0 or 0 in who
+        assert (run / "summary.json").exists() and (run / "report.html").exists()
     else:
         check_stopped(ended, name, sent, run)
         check(resume(tmp_path, run))
