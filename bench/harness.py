@@ -6,6 +6,7 @@ Nothing here is predicted: the floor is the one computed column, from peaks that
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -205,7 +206,57 @@ def judge(row: Row, outputs: Outputs, exact: Outputs, dtype: torch.dtype, what: 
             row.reasons.append(f"{what}{name} is off by {error:.1e} (bound {BOUNDS[dtype]:.0e})")
 
 
-def run(bench: Bench, setting: Setting, peaks: Peaks | None, report: Callable[[Case, list[Row]], None]) -> list[Row]:
+class DeviceLost(RuntimeError):
+    """A kernel has broken this process's context on the device: nothing runs there any more."""
+
+
+def check_device(device: torch.device) -> None:
+    """See whether the device still answers.
+
+    Raises:
+        DeviceLost: it does not, with CUDA's message.
+    """
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except Exception as error:
+            raise DeviceLost(describe(error)) from error
+
+
+def _is_lost(device: torch.device) -> bool:
+    try:
+        check_device(device)
+    except DeviceLost:
+        return True
+    return False
+
+
+class Watch:
+    """Whether the next case may be begun: as long as the longest one so far would end within `seconds`.
+
+    The first case is begun in any case.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._seconds, self._clock, self._longest = seconds, clock, 0.0
+        self._started = self._begun = clock()
+        self._first = True
+
+    def another(self) -> bool:
+        """To be asked before each case."""
+        now = self._clock()
+        self._longest = max(self._longest, now - self._begun)
+        self._begun, first, self._first = now, self._first, False
+        return first or now - self._started + self._longest <= self._seconds
+
+
+def run(
+    bench: Bench,
+    setting: Setting,
+    peaks: Peaks | None,
+    report: Callable[[Case, list[Row]], None],
+    seconds: float = math.inf,
+) -> list[Row]:
     """Measure all providers on all cases.
 
     Args:
@@ -213,15 +264,23 @@ def run(bench: Bench, setting: Setting, peaks: Peaks | None, report: Callable[[C
         setting: the device, and whether to be quick.
         peaks: the device's, for the floor; None: there is no floor.
         report: called with each case's rows as soon as it is done.
+        seconds: no case is begun that would not end within these, if it took as long as the longest so far.
 
     Returns:
         rows, case by case, in the order of the providers.
+
+    Raises:
+        DeviceLost: a case has broken the context; its rows have been reported.
     """
     rows: list[Row] = []
+    watch = Watch(seconds)
     for number, case in enumerate(bench.cases(setting)):
+        if not watch.another():
+            break
         done = run_case(bench, case, setting, peaks, seed=number)
         report(case, done)
         rows += done
+        check_device(setting.device)
     return rows
 
 
@@ -236,8 +295,12 @@ def run_case(bench: Bench, case: Case, setting: Setting, peaks: Peaks | None, se
         (row, provider) for row, provider in zip(rows, bench.providers, strict=True) if _can_run(row, provider, task)
     ]
     if setting.device.type == "cuda":
+        broke = ""
         for row, provider in able:
-            _guarded(row, partial(_measure_gpu, row, provider, task, exact))
+            if broke:
+                row.status, row.reasons = "skipped", [f"{broke} broke the device's context"]
+            elif not _guarded(row, partial(_measure_gpu, row, provider, task, exact)) and _is_lost(setting.device):
+                broke = provider.name
     else:
         _measure_cpu(able, task, exact)
     eager = next((row.errors for row in rows if row.provider == EAGER), {})
