@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from . import document, measure, tables
-from .harness import Bench, Case, DeviceLost, Row, Setting, run
+from .device import DeviceLost
+from .harness import Bench, Case, Row, Setting, run
 from .kernels import align, contrast, dwconv, segloss
 
 BENCHES: tuple[Bench, ...] = (

@@ -6,7 +6,6 @@ Nothing here is predicted: the floor is the one computed column, from peaks that
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from . import measure
+from .device import check_device, is_lost
+from .limits import Watch
 from .measure import Peaks, Timing
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -206,50 +207,6 @@ def judge(row: Row, outputs: Outputs, exact: Outputs, dtype: torch.dtype, what: 
             row.reasons.append(f"{what}{name} is off by {error:.1e} (bound {BOUNDS[dtype]:.0e})")
 
 
-class DeviceLost(RuntimeError):
-    """A kernel has broken this process's context on the device: nothing runs there any more."""
-
-
-def check_device(device: torch.device) -> None:
-    """See whether the device still answers.
-
-    Raises:
-        DeviceLost: it does not, with CUDA's message.
-    """
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize(device)
-        except Exception as error:
-            raise DeviceLost(describe(error)) from error
-
-
-def _is_lost(device: torch.device) -> bool:
-    try:
-        check_device(device)
-    except DeviceLost:
-        return True
-    return False
-
-
-class Watch:
-    """Whether the next case may be begun: as long as the longest one so far would end within `seconds`.
-
-    The first case is begun in any case.
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._seconds, self._clock, self._longest = seconds, clock, 0.0
-        self._started = self._begun = clock()
-        self._first = True
-
-    def another(self) -> bool:
-        """To be asked before each case."""
-        now = self._clock()
-        self._longest = max(self._longest, now - self._begun)
-        self._begun, first, self._first = now, self._first, False
-        return first or now - self._started + self._longest <= self._seconds
-
-
 def run(
     bench: Bench,
     setting: Setting,
@@ -299,7 +256,7 @@ def run_case(bench: Bench, case: Case, setting: Setting, peaks: Peaks | None, se
         for row, provider in able:
             if broke:
                 row.status, row.reasons = "skipped", [f"{broke} broke the device's context"]
-            elif not _guarded(row, partial(_measure_gpu, row, provider, task, exact)) and _is_lost(setting.device):
+            elif not _guarded(row, partial(_measure_gpu, row, provider, task, exact)) and is_lost(setting.device):
                 broke = provider.name
     else:
         _measure_cpu(able, task, exact)

@@ -21,7 +21,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import document, measure
-from bench.harness import DeviceLost, Row, Setting, Watch, check_device, describe, relative_error
+from bench.device import DeviceLost, check_device
+from bench.harness import Row, Setting, describe, relative_error
+from bench.limits import Watch
 from bench.measure import Timing
 from bench.tables import console
 from ssr_fast.engine.attention import flex_problem, try_out_biased, xformers_problem
