@@ -195,6 +195,7 @@ def _pytest(seconds: float) -> list[str]:
     workers = min(WORKERS, max(1, (os.cpu_count() or 1) // 2))
     # "load" hands the tests out in their order, so that a run that is cut off has seen the kernels
     parallel = ["-n", str(workers), "--dist", "load"] if installed("xdist") and workers > 1 else []
+    parallel += ["--timeout=90"] if installed("pytest_timeout") else []  # one that hangs must not take all the time
     short = ["-q", "--tb=short", "-rfE", "--durations=10", "-p", "bench.record_tests", *parallel]
     return [sys.executable, "-m", "pytest", "-m", "gpu", *short, *files]
 
