@@ -115,7 +115,7 @@ def check(command: Sequence[str], path: Path, variables: dict[str, str]) -> int:
     if count is None:
         verdict = f"none: the tool printed no summary (exit code {process.returncode})"
     elif count or process.returncode == FOUND:
-        verdict = f"{count} errors"
+        verdict = f"{count} findings"
     elif process.returncode and not failed:
         verdict = f"none: exit code {process.returncode}"
     kept = [line for line in lines if line][:KEPT]

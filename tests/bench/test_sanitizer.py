@@ -40,8 +40,8 @@ def tool(path, lines=(), code=0, statuses=("ok",), done=True):
     [
         ({"lines": [CLEAN]}, 0, "clean", True),
         ({"lines": [CLEAN], "statuses": ("ok", "wrong"), "code": 1}, 1, "1 cases are wrong", True),
-        ({"lines": [FINDING, "========= ERROR SUMMARY: 3 errors"], "code": 99}, 1, "3 errors", True),
-        ({"lines": [RACES]}, 1, "2 errors", True),
+        ({"lines": [FINDING, "========= ERROR SUMMARY: 3 errors"], "code": 99}, 1, "3 findings", True),
+        ({"lines": [RACES]}, 1, "2 findings", True),
         ({"lines": ["everything is fine"]}, 1, "none: the tool printed no summary (exit code 0)", False),
         ({"lines": [CLEAN], "code": 7}, 1, "none: exit code 7", True),
         ({"lines": [CLEAN], "done": False}, 1, "clean", False),
