@@ -44,8 +44,8 @@ def read(results: Path, since: float) -> dict[str, Document]:
     return found
 
 
-def lines(documents: Mapping[str, Document]) -> list[str]:
-    """The table."""
+def lines(documents: Mapping[str, Document], width: int = WIDTH) -> list[str]:
+    """The table, with lines of at most `width` columns."""
     if not documents:
         return ["nothing was measured"]
     said = [_about(next(iter(documents.values()))), *_tests(documents.get("tests")), *_sanitizer(documents)]
@@ -53,7 +53,7 @@ def lines(documents: Mapping[str, Document]) -> list[str]:
         said += _kernels(name, peers, documents.get(name))
     said += _step(documents.get("step")) + _sam(documents.get("sam")) + _loader(documents.get("loader"))
     said += [f"{name}: written" for name in documents if name not in _KNOWN]
-    short = [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in said]
+    short = [line if len(line) <= width else line[: width - 3] + "..." for line in said]
     return short if len(short) <= LINES else [*short[: LINES - 1], f"... {len(short) - LINES + 1} more lines: see JSON"]
 
 
@@ -65,7 +65,7 @@ def _about(document: Document) -> str:
     commit = str(document["commit"] or "unknown")[:12] + ("-dirty" if document["dirty"] else "")
     facts = [device["name"], *([f"driver {device['driver']}"] if device.get("driver") else [])]
     facts += [f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if versions.get(name)]
-    return ", ".join([*facts, f"commit {commit}", document["date"]])
+    return ", ".join([*facts, f"commit {commit}", document["date"][:10]])
 
 
 def _part(document: Document) -> str:
@@ -108,14 +108,15 @@ def _kernels(name: str, peers: Mapping[str, str], document: Document | None) -> 
         return [f"{name}{_part(document)}: no time of ours: {_why(own)}"]
     case = max(timed, key=lambda row: float(row["both_us"]["median"]))["case"]
     rows = {row["provider"]: row for row in document["rows"] if row["case"] == case}
-    said = [f"{name}  {case}{_part(document)}"]
+    said = []
     for provider in OURS:
         row = rows.get(provider)
         if row is None or not row["both_us"]:
             continue
         status = "" if row["status"] == "ok" else f" {row['status'].upper()}"
         times = f"{_time(row['both_us'])} us, graph {_time(row['graph_us'])}"
-        said.append(f"  {provider}{status} {times}; {_peers(row, rows, peers)}; peak {_memory(rows, provider)}")
+        said.append(f"{name.removeprefix('kernels.')}  {case}{_part(document)}: {provider}{status} {times}")
+        said.append(f"  {_peers(row, rows, peers)}; peak {_memory(rows, provider)}")
     return said
 
 
@@ -190,16 +191,17 @@ def _sam(document: Document | None) -> list[str]:
 def _loader(document: Document | None) -> list[str]:
     if document is None:
         return ["loader: no result"]
-    said = [f"loader{_part(document)}, samples a second"]
+    said, without = [f"loader{_part(document)}, samples a second"], dict[str, list[str]]()
     for row in document["rows"]:
         rate = row["spreads"].get("samples_per_second")
         if rate is None:
-            said.append(f"  {row['name']}: {row['status']}: {row['error'] or '; '.join(row['reasons']) or 'no round'}")
+            why = row["error"] or "; ".join(row["reasons"]) or "no whole round"
+            without.setdefault(why, []).append(row["name"])
             continue
         ratio = row["spreads"].get("ratio")
         versus = f", {ratio['median']:.2f}x" if ratio else ""
         said.append(f"  {row['name']}: {rate['median']:.1f} ({rate['least']:.1f}..{rate['greatest']:.1f}){versus}")
-    return said
+    return said + [f"  {', '.join(names)}: {why}" for why, names in without.items()]
 
 
 def _why(rows: Iterable[Row]) -> str:
