@@ -5,7 +5,8 @@ On a GPU if there is one, else the small cases on the CPU. Exit code 0: everythi
 case: a run that is cut off leaves what it had, marked "complete": false. `python -m bench ledger` times
 nothing and counts what a training step asks of the device, `python -m bench scaling` models several GPUs,
 `python -m bench step` times whole training steps, `python -m bench overhead` what guard and checkpoints cost of one,
-`python -m bench sam` compares encoders of SAM (--help of each says more).
+`python -m bench sam` compares encoders of SAM, `python -m bench report` puts predictions beside measurements (--help of
+each says more).
 """
 
 import argparse
@@ -40,6 +41,7 @@ COMMANDS = {
     ),
     "loader": ("bench.loader", "input pipelines: torchvision's and ours, samples a second, CPU time, memory"),
     "overhead": ("bench.overhead", "guard and checkpoints: their share of a training step, on the CPU's demo"),
+    "report": ("bench.report", "predictions beside measurements: the page docs/performance.md"),
     "sam": ("bench.sam", "encoders of SAM: segment-anything's, compiled, transformers', ours in each form"),
 }
 """What has a command line of its own (python -m bench NAME --help): its module, and about what it is."""

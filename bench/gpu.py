@@ -255,20 +255,26 @@ def _kernels(name: str, share: float) -> Step:
     return _bench(f"kernels, {name}", share, [f"kernels.{name}"], within=True)
 
 
+STEP_ROWS = (
+    *("released loop", "released loop, autocast", "one pass, one backward", "bf16", "bf16, CUDA graph"),
+    "bf16, compiled blocks, CUDA graph",
+)
+"""Of `bench step`; all its rows take several minutes."""
+
 STEPS = (
-    Step("build", "build of csrc", 45, _build, _against_build, problems=_failed_libraries, notes=_missing_libraries),
-    Step("tests", "device tests", 120, _pytest, _against_tests, notes=_left_out_tests, files=("tests.json",)),
-    _sanitizer("memcheck", 55),
-    _sanitizer("racecheck", 40),
+    Step("build", "build of csrc", 40, _build, _against_build, problems=_failed_libraries, notes=_missing_libraries),
+    Step("tests", "device tests", 105, _pytest, _against_tests, notes=_left_out_tests, files=("tests.json",)),
+    _sanitizer("memcheck", 50),
+    _sanitizer("racecheck", 35),
     _kernels("align", 45),
     _kernels("contrast", 30),
     _kernels("contrast_sample", 15),
     _kernels("dwconv", 35),
     _kernels("dwconv_dilated", 20),
     _kernels("segloss", 25),
-    _bench("training step", 70, ["step", "--size", "2@512"], "step.py"),
+    _bench("training step", 90, ["step", "--size", "2@512", "--quick", "--rows", *STEP_ROWS], "step.py"),
     _bench("SAM's encoders", 40, ["sam"], within=True),
-    _bench("input", 30, ["loader", "--quick"], "loader.py"),
+    _bench("input", 40, ["loader", "--quick", "--rounds", "1"], "loader.py"),
 )
 
 if __name__ == "__main__":

@@ -70,10 +70,14 @@ def test_a_document_is_replaced_at_once(tmp_path, monkeypatch):
         Path.open(self, "w").write("{")
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError):
-        document.write(path, {"new": 2})
-    monkeypatch.undo()
+    def stopped(self, target):
+        raise KeyboardInterrupt  # the process ends between writing and replacing
+
+    for name, broken, raised in (("write_text", full, OSError), ("replace", stopped, KeyboardInterrupt)):
+        monkeypatch.setattr(Path, name, broken)
+        with pytest.raises(raised):
+            document.write(path, {"new": 2})
+        monkeypatch.undo()
     assert json.loads(path.read_text()) == {"old": 1} and not list(path.parent.glob(".*"))
 
 

@@ -61,6 +61,16 @@ def test_a_program_that_cannot_be_started_fails_alone(capfd):
     assert "cannot be started" in lines[0] and lines[1].split()[2] == "passed"
 
 
+def test_a_fault_of_ours_still_prints_the_tables(capfd):
+    def notes() -> list[str]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        gpu.main([], [step("good", ""), step("bad", "", notes=notes)])
+    lines = table(capfd.readouterr().out)
+    assert lines[0].split()[1:3] == ["good", "passed"] and "nothing was measured" in lines
+
+
 WRITES = (
     "import json, os, pathlib, time\n"
     "folder = pathlib.Path({folder!r}) / 'gpu'\nfolder.mkdir(parents=True, exist_ok=True)\n"
@@ -129,7 +139,9 @@ def test_the_parts_of_all_steps_are_the_default_budget():
 
 def test_every_benchmark_of_the_kernels_is_a_step():
     from bench.__main__ import BENCHES
+    from bench.variants import VARIANTS
 
+    assert set(gpu.STEP_ROWS) <= set(VARIANTS)
     commands = [one.command(100.0) for one in gpu.STEPS if one.name == "bench"]
     assert {bench.name for bench in BENCHES} <= {words[3] for words in commands}
     for words in commands:
