@@ -1,5 +1,6 @@
 """compute-sanitizer's verdict: a fake tool in its place, what it finds, and a run that is cut off."""
 
+import dataclasses
 import json
 import sys
 
@@ -79,21 +80,23 @@ def test_rows_are_written_one_by_one_and_parts_make_the_whole(path, capsys):
 
 
 def test_the_reference_is_computed_on_the_cpu(monkeypatch):
-    devices = []
-    (case, *_) = align.odd_cases(sanitize.Setting(torch.device("cpu")))
-    watched = sanitize.dataclasses.replace(
-        case, exact=lambda inputs: devices.append(inputs.leaves["x1"].device.type) or case.exact(inputs)
-    )
-    provider = next(one for one in align.PROVIDERS if one.name == "reference")
-    moved = []
+    seen, moved = [], []
+
+    def exact(inputs):
+        seen.append(inputs)
+        return case.exact(inputs)
 
     def on(device, inputs, really=sanitize._on):
-        moved.append(device)
-        return really(device, inputs)
+        moved.append(really(device, inputs))
+        return moved[-1]
 
     monkeypatch.setattr(sanitize, "_on", on)
+    case, *_ = align.odd_cases(sanitize.Setting(torch.device("cpu")))
+    provider = next(one for one in align.PROVIDERS if one.name == "reference")
+    watched = dataclasses.replace(case, exact=exact)
     row = sanitize.check(align.BENCH, watched, provider, sanitize.Setting(torch.device("cpu")))
-    assert row.status == "ok" and devices == ["cpu"] and moved == [torch.device("cpu")]
+    assert row.status == "ok" and len(seen) == len(moved) == 1 and seen[0] is not moved[0]
+    assert all(torch.equal(a, b) for a, b in zip(seen[0].tensors(), moved[0].tensors(), strict=True))
 
 
 def test_without_the_tool_it_says_so(monkeypatch, capsys, tmp_path):
