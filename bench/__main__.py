@@ -15,6 +15,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tables.show(case, done, peaks, goals, screen)
 
         try:
-            run(bench, setting, peaks, report, options.within)
+            run(bench, setting, peaks, report, options.within, partial(record.write, bench.name))
         except DeviceLost as error:
             lost = f"{bench.name}: the device does not answer any more, the rest is left out: {error}"
             break
@@ -121,11 +122,16 @@ class Record:
         """Enter the rows of a case and write."""
         self.rows[bench] += done
         self._left[bench].remove(case.name)
+        self.write(bench, case, [])
+
+    def write(self, bench: str, case: Case, begun: Sequence[Row]) -> None:
+        """Write what there is, with the rows of a case that is not at its end."""
         if self.target is None:
             return
         names = list(self.rows) if self.target else [bench]
         path = Path(self.target) if self.target else document.default_path(bench, self._content["device"])
-        rows = [document.finite(dataclasses.asdict(row)) for name in names for row in self.rows[name]]
+        there = [row for name in names for row in self.rows[name]]
+        rows = [document.finite(dataclasses.asdict(row)) for row in (*there, *begun)]
         missing = self.missing(names)
         document.write(path, {**self._content, "complete": not missing, "missing": missing, "rows": rows})
         self.paths += [] if path in self.paths else [path]

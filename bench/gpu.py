@@ -10,6 +10,7 @@ command line, 130 after a signal; a skipped step is no failure.
 import argparse
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def run_all(steps: Sequence[Step], budget: limits.Budget, begun: float, results:
 def run(step: Step, seconds: float, begun: float, results: list[Result]) -> None:
     """Run a step's command in the repository's root for at most `seconds` and enter what became of it."""
     command = step.command(seconds)
-    print(f"\n== {step.title} (at most {seconds:.0f} s): {' '.join(command)}", flush=True)
+    print(f"\n== {step.title} (at most {seconds:.0f} s): {shlex.join(command)}", flush=True)
     path = os.pathsep.join([*map(str, SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": path, **step.variables}
     started = time.perf_counter()
@@ -274,7 +275,7 @@ STEPS = (
     _kernels("segloss", 25),
     _bench("training step", 90, ["step", "--size", "2@512", "--quick", "--rows", *STEP_ROWS], "step.py"),
     _bench("SAM's encoders", 40, ["sam"], within=True),
-    _bench("input", 40, ["loader", "--quick", "--rounds", "1"], "loader.py"),
+    _bench("input", 40, ["loader", "--quick", "--rounds", "1", "--images", "4"], "loader.py"),
 )
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def _loader(document: Document | None) -> list[str]:
 
 def _why(rows: Iterable[Row]) -> str:
     reasons: Sequence[str] = [row.get("error") or "; ".join(row.get("reasons", [])) for row in rows]
-    return next((reason for reason in reasons if reason), "it has no row")
+    return next((reason for reason in reasons if reason), "not reached")
 
 
 def _time(timing: Mapping[str, float] | None, factor: float = 1.0) -> str:

@@ -151,7 +151,8 @@ def test_providers_behind_the_one_that_breaks_the_context_are_not_blamed(monkeyp
 
     monkeypatch.setattr(harness, "_measure_gpu", measure_gpu)
     monkeypatch.setattr(harness, "is_lost", lambda device: bool(lost))
-    bench = fake("a", Provider("eager", square), Provider("breaks", square), Provider("behind", square))
+    names = ("torch.compile", "eager", "breaks", "behind")
+    bench = fake("a", *(Provider(name, square) for name in names))
 
     @dataclass
     class Cuda:
@@ -159,9 +160,26 @@ def test_providers_behind_the_one_that_breaks_the_context_are_not_blamed(monkeyp
 
     inputs = Inputs({"x": torch.ones(3, requires_grad=True)}, {})
     case = replace(cases(None)[0], make=lambda device, seed: inputs)
-    rows = harness.run_case(bench, case, harness.Setting(Cuda()), None, 0)
-    assert [row.status for row in rows] == ["ok", "error", "skipped"]
-    assert rows[2].reasons == ["breaks broke the device's context"]
+    seen = []
+    rows = harness.run_case(bench, case, harness.Setting(Cuda()), None, 0, lambda rows: seen.append(len(rows)))
+    assert {row.provider: row.status for row in rows} == dict(
+        zip(names, ("skipped", "ok", "error", "skipped"), strict=True)  # what compiles comes last
+    )
+    assert [row.provider for row in rows] == list(names) and seen == [1, 2, 3, 4]
+    assert rows[3].reasons == rows[0].reasons == ["breaks broke the device's context"]
+
+
+def test_on_a_gpu_each_row_is_written(monkeypatch, tmp_path):
+    seen = states(monkeypatch, tmp_path)
+    bench, setting = fake(), harness.Setting(CPU)
+    record = command.Record("", [bench], setting, None)
+    case, rows = cases(None)[0], harness.run_case(bench, cases(None)[0], harness.Setting(CPU, True), None, 0)
+    record.write("fake", case, rows)
+    record.add("fake", case, rows)
+    assert seen == [
+        ("fake.json", False, ["fake small", "fake middle", "fake large"], 1),
+        ("fake.json", False, ["fake middle", "fake large"], 1),
+    ]
 
 
 def test_sam_writes_each_row(monkeypatch, tmp_path):
