@@ -263,8 +263,8 @@ STEP_ROWS = (
 """Of `bench step`; all its rows take several minutes."""
 
 STEPS = (
-    Step("build", "build of csrc", 40, _build, _against_build, problems=_failed_libraries, notes=_missing_libraries),
-    Step("tests", "device tests", 105, _pytest, _against_tests, notes=_left_out_tests, files=("tests.json",)),
+    Step("build", "build of csrc", 50, _build, _against_build, problems=_failed_libraries, notes=_missing_libraries),
+    Step("tests", "device tests", 100, _pytest, _against_tests, notes=_left_out_tests, files=("tests.json",)),
     _sanitizer("memcheck", 50),
     _sanitizer("racecheck", 35),
     _kernels("align", 45),
@@ -275,7 +275,7 @@ STEPS = (
     _kernels("segloss", 25),
     _bench("training step", 90, ["step", "--size", "2@512", "--quick", "--rows", *STEP_ROWS], "step.py"),
     _bench("SAM's encoders", 40, ["sam"], within=True),
-    _bench("input", 40, ["loader", "--quick", "--rounds", "1", "--images", "4"], "loader.py"),
+    _bench("input", 35, ["loader", "--quick", "--rounds", "1", "--images", "4", "--workers", "8"], "loader.py"),
 )
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Every figure was measured in this call; what is missing is named with the reason
 """
 
 import json
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,15 +194,21 @@ def _loader(document: Document | None) -> list[str]:
         return ["loader: no result"]
     said, without = [f"loader{_part(document)}, samples a second"], dict[str, list[str]]()
     for row in document["rows"]:
-        rate = row["spreads"].get("samples_per_second")
+        rate = row["spreads"].get("samples_per_second") or _of_rounds(row)
         if rate is None:
-            why = row["error"] or "; ".join(row["reasons"]) or "no whole round"
+            why = row["error"] or "; ".join(row["reasons"]) or "not reached"
             without.setdefault(why, []).append(row["name"])
             continue
         ratio = row["spreads"].get("ratio")
         versus = f", {ratio['median']:.2f}x" if ratio else ""
         said.append(f"  {row['name']}: {rate['median']:.1f} ({rate['least']:.1f}..{rate['greatest']:.1f}){versus}")
     return said + [f"  {', '.join(names)}: {why}" for why, names in without.items()]
+
+
+def _of_rounds(row: Row) -> Mapping[str, float] | None:
+    """The rounds so far of a run that was cut off in one."""
+    rates = sorted(float(one["samples_per_second"]) for one in row["rounds"])
+    return {"median": statistics.median(rates), "least": rates[0], "greatest": rates[-1]} if rates else None
 
 
 def _why(rows: Iterable[Row]) -> str:

@@ -5,6 +5,7 @@ import os
 import time
 
 from bench import headlines
+from bench.loader_run import Measured
 from tests.bench import made_up
 
 
@@ -17,6 +18,10 @@ def everything():
     sam += [made_up.sam_row("ours low_rank bf16", 20.0)]
     loader = [made_up.loader_row("torchvision", 20.0), made_up.loader_row("DALI gpu", 0.0, reasons=["no DALI"])]
     loader[1].status = "skipped"
+    begun = made_up.loader_row(
+        "ours, raw store", 0.0, rounds=[Measured(rate, 1.0, 1.0, 4, 1.0) for rate in (30.0, 50.0)]
+    )
+    loader.append(begun)
     return {
         "kernels.align": made_up.align(),
         "tests": made_up.tests(["passed"] * 8 + ["failed", "error", "skipped"]),
@@ -53,6 +58,7 @@ def test_every_other_result():
     assert "sam  vit_b B=1: ours mask bf16 15.0 (13.5..18.0) ms a batch" in text  # the wrong one is not ours
     assert "stock fp32 6.00x, stock bf16 missing, compile 2.00x, transformers missing; peak 1000.0 MB" in text
     assert "  torchvision: 20.0 (18.0..20.0), 1.50x" in text and "  DALI gpu: no DALI" in text
+    assert "  ours, raw store: 40.0 (30.0..50.0)\n" in text + "\n"
     assert "kernels.segloss: no result" in text
 
 
