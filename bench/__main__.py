@@ -1,22 +1,27 @@
 """Compare implementations side by side: `python -m bench [NAME...] [--list] [--json [FILE]] [--quick]`.
 
 On a GPU if there is one, else the small cases on the CPU. Exit code 0: everything that can run here ran and is right;
-1: a provider raised or returned a wrong result; 2: a mistake on the command line. `python -m bench ledger` times
+1: a provider raised or returned a wrong result; 2: a mistake on the command line. The JSON is written anew after each
+case: a run that is cut off leaves what it had, marked "complete": false. `python -m bench ledger` times
 nothing and counts what a training step asks of the device, `python -m bench scaling` models several GPUs,
 `python -m bench step` times whole training steps, `python -m bench overhead` what guard and checkpoints cost of one,
-`python -m bench sam` compares encoders of SAM (--help of each says more).
+`python -m bench sam` compares encoders of SAM, `python -m bench report` puts predictions beside measurements (--help of
+each says more).
 """
 
 import argparse
+import dataclasses
 import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import document, measure, tables
+from .device import DeviceLost
 from .harness import Bench, Case, Row, Setting, run
 from .kernels import align, contrast, dwconv, segloss
 
@@ -37,6 +42,7 @@ COMMANDS = {
     ),
     "loader": ("bench.loader", "input pipelines: torchvision's and ours, samples a second, CPU time, memory"),
     "overhead": ("bench.overhead", "guard and checkpoints: their share of a training step, on the CPU's demo"),
+    "report": ("bench.report", "predictions beside measurements: the page docs/performance.md"),
     "sam": ("bench.sam", "encoders of SAM: segment-anything's, compiled, transformers', ours in each form"),
 }
 """What has a command line of its own (python -m bench NAME --help): its module, and about what it is."""
@@ -65,23 +71,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peaks = measure.measure_peaks(setting.device) if setting.device.type == "cuda" else None
     screen = tables.console()
     _introduce(setting, peaks, screen.print)
-    rows: list[Row] = []
-    for name in options.names or known:
-        bench = known[name]
+    record = Record(options.json, [known[name] for name in options.names or known], setting, peaks)
+    lost = ""
+    for bench in record.benches:
 
         def report(case: Case, done: list[Row], bench: Bench = bench) -> None:
             on_gpu = setting.device.type == "cuda"
             goals = bench.goals(case, {row.provider: row for row in done}) if on_gpu else []
+            record.add(bench.name, case, done)
             tables.show(case, done, peaks, goals, screen)
 
-        rows += run(bench, setting, peaks, report)
-    if options.json is not None:
-        for path in _save(options.json, rows, setting, peaks):
-            print(f"wrote {path}")
+        try:
+            run(bench, setting, peaks, report, options.within, partial(record.write, bench.name))
+        except DeviceLost as error:
+            lost = f"{bench.name}: the device does not answer any more, the rest is left out: {error}"
+            break
+    for path in record.paths:
+        print(f"wrote {path}")
+    left = record.missing()
+    if left and not lost:
+        print(f"left out, they would not have ended within {options.within:g} s: {'; '.join(left)}")
+    rows = [row for done in record.rows.values() for row in done]
     failed = list(dict.fromkeys(f"{row.bench} {row.case}: {row.provider}: {row.status}" for row in rows if row.failed))
+    failed += [lost] if lost else []
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if failed else 0
+
+
+class Record:
+    """The documents of a run, written anew after each case.
+
+    Args:
+        target: one file for everything; "": each benchmark to its own place; None: nothing is written.
+        benches: what is asked for.
+        setting: device and thoroughness.
+        peaks: the device's, or None.
+    """
+
+    def __init__(
+        self, target: str | None, benches: Sequence[Bench], setting: Setting, peaks: measure.Peaks | None
+    ) -> None:
+        self.target, self.benches = target, benches
+        self.rows: dict[str, list[Row]] = {bench.name: [] for bench in benches}
+        self.paths: list[Path] = []
+        self._left = {bench.name: [case.name for case in bench.cases(setting)] for bench in benches}
+        self._content = document.document([], setting, peaks) if target is not None else {}
+
+    def add(self, bench: str, case: Case, done: Sequence[Row]) -> None:
+        """Enter the rows of a case and write."""
+        self.rows[bench] += done
+        self._left[bench].remove(case.name)
+        self.write(bench, case, [])
+
+    def write(self, bench: str, case: Case, begun: Sequence[Row]) -> None:
+        """Write what there is, with the rows of a case that is not at its end."""
+        if self.target is None:
+            return
+        names = list(self.rows) if self.target else [bench]
+        path = Path(self.target) if self.target else document.default_path(bench, self._content["device"])
+        there = [row for name in names for row in self.rows[name]]
+        rows = [document.finite(dataclasses.asdict(row)) for row in (*there, *begun)]
+        missing = self.missing(names)
+        document.write(path, {**self._content, "complete": not missing, "missing": missing, "rows": rows})
+        self.paths += [] if path in self.paths else [path]
+
+    def missing(self, names: Sequence[str] | None = None) -> list[str]:
+        """The cases that were not measured (yet)."""
+        return [f"{name} {case}" for name in self._left if names is None or name in names for case in self._left[name]]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -90,9 +147,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=summary, epilog=details)
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; without any: all")
     parser.add_argument("--list", action="store_true", help="say what there is")
-    target = "bench/results/<NAME>-<device>.json without FILE"
+    target = "bench/results/<device>/<NAME>.json without FILE"
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=f"write the results, to {target}")
     parser.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
+    parser.add_argument("--within", **document.WITHIN)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=here, help=f"default here: {here}")
     return parser.parse_args(arguments)
@@ -122,21 +180,6 @@ def _introduce(setting: Setting, peaks: measure.Peaks | None, say: Callable[[str
     tera = (peaks.bytes_per_second / 1e12, peaks.flops_per_second / 1e12)
     say(f"peaks: {tera[0]:.2f} TB/s, {tera[1]:.0f} TFLOP/s bf16; {measure.METHOD['peaks']}")
     say(f"times: {measure.METHOD['gpu']}; graph: {measure.METHOD['graph']}")
-
-
-def _save(target: str, rows: list[Row], setting: Setting, peaks: measure.Peaks | None) -> list[Path]:
-    """Write one document to `target`, or, where that is empty, one a benchmark to its own place."""
-    content = document.document(rows, setting, peaks)
-    if target:
-        document.write(Path(target), content)
-        return [Path(target)]
-    paths = []
-    for name in dict.fromkeys(row.bench for row in rows):
-        path = document.default_path(name, content["device"])
-        own = [row for row in content["rows"] if row["bench"] == name]
-        document.write(path, {**content, "rows": own})
-        paths.append(path)
-    return paths
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""What a run writes: bench/results/*.json with device, versions, commit, date, peaks and every row."""
+"""What a run writes: bench/results/<device>/<name>.json with device, versions, commit, date, peaks and every row.
+
+A run writes its document anew after each case, so that one that is cut off leaves what it had: "complete" is false
+until everything that was asked for is in it.
+"""
 
 import dataclasses
 import datetime
@@ -23,20 +27,29 @@ RESULTS = Path(__file__).parent / "results"
 COMMIT = "SSR_FAST_COMMIT"
 """Environment variable with the commit ("-dirty" behind it where files have changed) of a tree that has no .git."""
 
+WITHIN: dict[str, Any] = {
+    "type": float,
+    "default": math.inf,
+    "metavar": "SECONDS",
+    "help": "begin no case that would not end within SECONDS of the benchmark's start, as long as the longest so far",
+}
+"""The option --within of the benchmarks whose cases are written one by one."""
+
 
 def document(rows: list[Row], setting: Setting, peaks: Peaks | None) -> dict[str, Any]:
     """Everything that the figures depend on, and the figures, ready for JSON.
 
     Returns:
-        schema, date (UTC), device (kind, name, capability, memory_gib, driver; of a CPU kind, name, cores, threads),
-        versions (with python and cuda), platform, commit and dirty (None where unknown), quick, method (how each column
-        comes about), peaks (measured; None on a CPU), rows (harness.Row, times in microseconds; an error that is not
-        finite is the string "inf").
+        schema, complete (True; False as long as the document grows), date (UTC), device (kind, name, capability,
+        memory_gib, driver; of a CPU kind, name, cores, threads), versions (with python and cuda), platform, commit and
+        dirty (None where unknown), quick, method (how each column comes about), peaks (measured; None on a CPU), rows
+        (harness.Row, times in microseconds; an error that is not finite is the string "inf").
     """
     facts = environment()
     commit = facts["commit"] or os.environ.get(COMMIT) or None
     return {
         "schema": 1,
+        "complete": True,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device_facts(setting.device, facts["devices"]),
         "versions": {
@@ -92,12 +105,18 @@ def finite(value: Any) -> Any:
 
 
 def default_path(bench: str, device: dict[str, Any]) -> Path:
-    """bench/results/<name>-<device>.json; of a CPU, whose figures depend on its load, plainly "cpu"."""
+    """bench/results/<device>/<name>.json; of a CPU, whose figures depend on its load, plainly "cpu"."""
     name = device["name"] if device["kind"] == "cuda" else "cpu"
-    return RESULTS / f"{bench}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") / f"{bench}.json"
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a document; its folder is made."""
+    """Write a document; its folder is made. The file is whole at any time: an earlier one is replaced at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    growing = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        growing.write_text(text, encoding="utf-8")
+        growing.replace(path)
+    finally:
+        growing.unlink(missing_ok=True)

@@ -1,28 +1,36 @@
-"""The checks of a GPU machine: `make gpu [PYTHON=python3] [ARGS="build tests sanitizer bench"]`.
+"""The checks of a GPU machine: `make gpu [PYTHON=python3] [ARGS="build tests sanitizer bench"] [MINUTES=9.5]`.
 
 Nothing is installed and nothing comes from the network: each step runs with this interpreter's packages, or is skipped
-by name with what is missing. Exit code 1 if a step failed, 2 for an unknown step; a skipped step is no failure.
+by name with what is missing. Each has a part of MINUTES; one whose time is out is cut off with all its processes, and
+what it has written so far stays in bench/results/<device>/. A table of the steps and one of the figures come last,
+after Ctrl-C too. Exit code 1 if a step failed or was cut off before its results were whole, 2 for a mistake on the
+command line, 130 after a signal; a skipped step is no failure.
 """
 
 import argparse
-import ast
-import importlib.util
 import os
-import shutil
-import subprocess
+import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = (ROOT, ROOT / "kernels")
+from bench import headlines, limits
+from bench.needs import ROOT, SOURCES, installed, missing_packages, no_gpu
+from bench.sanitizer import find_tool
+
 LIBRARY_NOTES = ROOT / "kernels" / "ssr_kernels" / "lib"
-MARKER = "gpu"
-SANITIZER_FAILED = 99
-"""compute-sanitizer's exit code for an error of its own finding; 1 is a wrong result of bench.sanitize."""
+RESULTS = ROOT / "bench" / "results"
+MARKED = re.compile(r"\bmark\.gpu\b")
+MINUTES = 9.5
+RESERVE_S = 10.0
+"""Of the budget, for the tables and for ending the last step."""
+LEAST_S = 10.0
+"""A step is not begun with less."""
+WORKERS = 8
+"""Of pytest: Triton compiles on the host, and each worker has a context of its own on the device."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,10 @@ class Step:
     name: str
     """As ARGS chooses it; several commands may share a name."""
     title: str
-    command: Callable[[], list[str]]
+    seconds: float
+    """Its part of the budget; all parts together are the default budget."""
+    command: Callable[[float], list[str]]
+    """Seconds that it has -> program and arguments."""
     reasons: Callable[[], list[str]]
     """Why it cannot run here."""
     variables: dict[str, str] = field(default_factory=dict)
@@ -40,6 +51,8 @@ class Step:
     """What the command left undone although its exit code is 0."""
     notes: Callable[[], list[str]] = list
     """What is missing although the step ran."""
+    files: tuple[str, ...] = ()
+    """What it writes in bench/results/<device>/."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,10 @@ class Result:
 
     title: str
     status: str
-    """passed, failed or skipped."""
+    """passed, failed, cut or skipped."""
     detail: str
     seconds: float
+    failed: bool = False
 
 
 def main(arguments: Sequence[str] | None = None, steps: "Sequence[Step] | None" = None) -> int:
@@ -59,94 +73,107 @@ def main(arguments: Sequence[str] | None = None, steps: "Sequence[Step] | None" 
     names = list(dict.fromkeys(step.name for step in steps))
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(names)}; default: all")
-    chosen = parser.parse_args(arguments).steps or names
+    parser.add_argument("--minutes", type=float, default=MINUTES, metavar="N", help=f"for everything; {MINUTES:g}")
+    options = parser.parse_args(arguments)
+    chosen = options.steps or names
     if unknown := [name for name in chosen if name not in names]:
         print(f"make gpu: there is no step {unknown[0]!r}; the steps are {', '.join(names)}", file=sys.stderr)
         return 2
-    results = [run(step) for step in steps if step.name in chosen]
-    width = max(len(result.title) for result in results)
-    print(f"\n{'step':{width}}  {'result':7}  {'seconds':>7}")
-    for result in results:
-        print(f"{result.title:{width}}  {result.status:7}  {result.seconds:7.0f}  {result.detail}".rstrip())
-    return 1 if any(result.status == "failed" for result in results) else 0
+    if not options.minutes > 0:
+        print(f"make gpu: MINUTES must be above 0 (it is {options.minutes:g})", file=sys.stderr)
+        return 2
+    begun, results = time.time(), list[Result]()
+    budget = limits.Budget(60 * options.minutes - RESERVE_S)
+    stopped = ""
+    try:
+        with limits.stoppable():
+            run_all([step for step in steps if step.name in chosen], budget, begun, results)
+    except limits.Stopped as signal:
+        stopped = str(signal)
+        print(f"\nstopped by {stopped}: what follows was not run", flush=True)
+    finally:  # whatever happened, what is known is told
+        close(results, begun)
+    return 130 if stopped else 1 if any(result.failed for result in results) else 0
 
 
-def run(step: Step) -> Result:
-    """Run a step's command in the repository's root, unless there are reasons against it."""
-    if reasons := step.reasons():
-        return Result(step.title, "skipped", "; ".join(reasons), 0.0)
-    command = step.command()
-    print(f"\n== {step.title}: {' '.join(command)}", flush=True)
-    path = os.pathsep.join([*map(str, SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])])
-    started = time.perf_counter()
-    code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **step.variables}).returncode
-    elapsed = time.perf_counter() - started
-    problems = ([f"exit code {code}"] if code else []) + step.problems()
-    return Result(step.title, "failed" if problems else "passed", "; ".join(problems + step.notes()), elapsed)
+def run_all(steps: Sequence[Step], budget: limits.Budget, begun: float, results: list[Result]) -> None:
+    """Run the steps one after another and enter what became of them.
 
-
-def no_gpu() -> list[str]:
-    """Why torch cannot use a GPU here."""
-    if importlib.util.find_spec("torch") is None:
-        return ["torch is not installed"]
-    import torch
-
-    return [] if torch.cuda.is_available() else ["there is no GPU that torch can use"]
-
-
-def missing_packages(paths: Iterable[Path]) -> list[str]:
-    """Packages that these files, or files of ours that they import, need at import and that are not installed."""
-    seen: set[Path] = set()
-    missing: set[str] = set()
-    waiting = list(paths)
-    while waiting:
-        path = waiting.pop()
-        if path in seen:
+    Raises:
+        limits.Stopped: a signal came; the step that it met has been entered too.
+    """
+    against = [step.reasons() for step in steps]
+    for index, step in enumerate(steps):
+        if against[index]:
+            results.append(Result(step.title, "skipped", "; ".join(against[index]), 0.0))
             continue
-        seen.add(path)
-        for name in _imported(path):
-            if own := _own_files(name, SOURCES):
-                waiting += own
-            elif (top := name.split(".")[0]) not in sys.stdlib_module_names and not _installed(top):
-                missing.add(top)
-    return [f"{name} is not installed" for name in sorted(missing)]
+        later = [steps[k].seconds for k in range(index + 1, len(steps)) if not against[k]]
+        seconds = budget.share(step.seconds, later)
+        if seconds < LEAST_S:
+            results.append(Result(step.title, "skipped", f"no time left ({seconds:.0f} s)", 0.0))
+            continue
+        run(step, seconds, begun, results)
 
 
-@cache
-def _imported(path: Path) -> list[str]:
-    """Dotted names that a file imports at its top level; what is imported inside functions is optional."""
-    root = next(root for root in reversed(SOURCES) if path.is_relative_to(root))
-    package = path.relative_to(root).with_suffix("").parts[:-1]
-    names = []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            origin = ".".join([*base, *([node.module] if node.module else [])])
-            names += [f"{origin}.{alias.name}" for alias in node.names]
-    return names
+def run(step: Step, seconds: float, begun: float, results: list[Result]) -> None:
+    """Run a step's command in the repository's root for at most `seconds` and enter what became of it."""
+    command = step.command(seconds)
+    print(f"\n== {step.title} (at most {seconds:.0f} s): {shlex.join(command)}", flush=True)
+    path = os.pathsep.join([*map(str, SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, "PYTHONPATH": path, **step.variables}
+    started = time.perf_counter()
+    try:
+        ended = limits.run_within(command, seconds, ROOT, variables)
+    except limits.Stopped as signal:
+        taken = time.perf_counter() - started
+        results.append(Result(step.title, "cut", f"{signal}; {_written(step, begun)[1]}", taken, True))
+        raise
+    except OSError as error:
+        results.append(Result(step.title, "failed", f"{command[0]} cannot be started: {error}", 0.0, True))
+        return
+    if ended.code is None:
+        whole, written = _written(step, begun)
+        detail = f"its {seconds:.0f} s were over; {written}"
+        results.append(Result(step.title, "cut", detail, ended.seconds, not whole))
+        return
+    problems = ([f"exit code {ended.code}"] if ended.code else []) + step.problems()
+    detail = "; ".join(problems + step.notes())
+    results.append(Result(step.title, "failed" if problems else "passed", detail, ended.seconds, bool(problems)))
 
 
-@cache
-def _own_files(name: str, sources: tuple[Path, ...]) -> list[Path]:
-    """The files of this repository behind a dotted name, the packages above it included; empty for anything else."""
-    parts, found = name.split("."), []
-    for root in sources:
-        for count in range(1, len(parts) + 1):
-            place = root.joinpath(*parts[:count])
-            found += [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
-    return found
+def _written(step: Step, begun: float) -> tuple[bool, str]:
+    """Whether all results of a step are whole, and what is there of them."""
+    documents = headlines.read(RESULTS, begun)
+    said = []
+    for name in step.files:
+        found = documents.get(name.removesuffix(".json"))
+        state = "was not written" if found is None else "is whole" if found.get("complete") else "is a part"
+        said.append(f"{name} {state}")
+    return bool(said) and all(one.endswith("is whole") for one in said), ", ".join(said) or "it writes no results"
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def close(results: Sequence[Result], begun: float) -> None:
+    """Print the table of the steps and that of the figures, and write both beside the results."""
+    width = max([len(result.title) for result in results] + [4])
+    lines = [f"{'step':{width}}  {'result':7}  {'seconds':>7}"]
+    for result in results:
+        line = f"{result.title:{width}}  {result.status:7}  {result.seconds:7.0f}  {result.detail}"
+        lines.append(line.rstrip())
+    try:
+        documents = headlines.read(RESULTS, begun)
+        lines += ["", *headlines.lines(documents)]
+    except Exception as error:  # the steps' table is worth more than a headline
+        documents = {}
+        lines.append(f"the figures cannot be shown: {type(error).__name__}: {error}")
+    print("\n" + "\n".join(lines), flush=True)
+    for folder in {path.parent for path in headlines.fresh(RESULTS, begun)}:
+        (folder / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def gpu_tests() -> list[Path]:
-    """The test files that may hold a test for the GPU: they name the marker. pytest -m gpu then chooses in them."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [path for path in files if MARKER in path.read_text(encoding="utf-8")]
+    """The test files with a test for the GPU, those of the kernels first. pytest -m gpu then chooses in them."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.parent.name != "kernels", path))
+    return [path for path in files if MARKED.search(path.read_text(encoding="utf-8"))]
 
 
 def runnable_tests() -> list[Path]:
@@ -154,9 +181,9 @@ def runnable_tests() -> list[Path]:
 
 
 def _against_tests() -> list[str]:
-    against = no_gpu() + missing_packages([ROOT / "tests" / "conftest.py"])
-    against += [] if _installed("pytest") else ["pytest is not installed"]
-    return against or ([] if runnable_tests() else _left_out_tests() or ["no test is marked gpu"])
+    against = no_gpu() + missing_packages([ROOT / "tests" / "conftest.py", ROOT / "bench" / "record_tests.py"])
+    against += [] if installed("pytest") else ["pytest is not installed"]
+    return list(dict.fromkeys(against)) or ([] if runnable_tests() else _left_out_tests() or ["no test is marked gpu"])
 
 
 def _left_out_tests() -> list[str]:
@@ -164,33 +191,20 @@ def _left_out_tests() -> list[str]:
     return [f"{path.name} left out: {', '.join(packages)}" for path, packages in missing.items() if packages]
 
 
-def _pytest() -> list[str]:
+def _pytest(seconds: float) -> list[str]:
     files = [str(path.relative_to(ROOT)) for path in runnable_tests()]
-    return [sys.executable, "-m", "pytest", "-m", "gpu", *files]
-
-
-def sanitizer() -> Path | None:
-    """compute-sanitizer: on PATH, or where the CUDA toolkit puts it."""
-    if found := shutil.which("compute-sanitizer"):
-        return Path(found)
-    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    places = [home / "bin" for home in (*homes, Path("/usr/local/cuda"))]
-    return next((place / "compute-sanitizer" for place in places if (place / "compute-sanitizer").is_file()), None)
+    workers = min(WORKERS, max(1, (os.cpu_count() or 1) // 2))
+    # "load" hands the tests out in their order, so that a run that is cut off has seen the kernels
+    parallel = ["-n", str(workers), "--dist", "load"] if installed("xdist") and workers > 1 else []
+    parallel += ["--timeout=90"] if installed("pytest_timeout") else []  # one that hangs must not take all the time
+    short = ["-q", "--tb=short", "-rfE", "--durations=10", "-p", "bench.record_tests", *parallel]
+    return [sys.executable, "-m", "pytest", "-m", "gpu", *short, *files]
 
 
 def _against_sanitizer() -> list[str]:
-    against = (
-        [] if sanitizer() else ["compute-sanitizer (of the CUDA toolkit) is neither on PATH nor in /usr/local/cuda/bin"]
-    )
-    return no_gpu() + against + missing_packages([ROOT / "bench" / "sanitize.py"])
-
-
-def _sanitize(tool: str) -> Callable[[], list[str]]:
-    def command() -> list[str]:
-        options = ["--tool", tool, f"--error-exitcode={SANITIZER_FAILED}", "--target-processes=all"]
-        return [str(sanitizer()), *options, sys.executable, "-m", "bench.sanitize"]
-
-    return command
+    missing = "compute-sanitizer (of the CUDA toolkit) is neither on PATH nor in /usr/local/cuda/bin"
+    files = [ROOT / "bench" / "sanitize.py", ROOT / "bench" / "sanitizer.py"]
+    return no_gpu() + ([] if find_tool() else [missing]) + missing_packages(files)
 
 
 def _library_notes() -> dict[str, str]:
@@ -208,40 +222,60 @@ def _missing_libraries() -> list[str]:
 
 
 def _against_build() -> list[str]:
-    return [] if _installed("setuptools") else ["setuptools is not installed"]
+    return [] if installed("setuptools") else ["setuptools is not installed"]
 
 
-def _against_bench() -> list[str]:
-    return no_gpu() + missing_packages([ROOT / "bench" / "__main__.py"])
+def _build(seconds: float) -> list[str]:
+    return [sys.executable, "setup.py", "-q", "build_csrc", "--inplace"]
 
 
-def _against_loader() -> list[str]:
-    return no_gpu() + missing_packages([ROOT / "bench" / "loader.py"])
+def _needs(file: str) -> Callable[[], list[str]]:
+    return lambda: no_gpu() + missing_packages([ROOT / "bench" / file])
 
 
-def _against_step() -> list[str]:
-    return no_gpu() + missing_packages([ROOT / "bench" / "step.py"])
+def _sanitizer(tool: str, share: float) -> Step:
+    return Step(
+        "sanitizer", f"sanitizer, {tool}", share, lambda seconds: [sys.executable, "-m", "bench.sanitizer", tool],
+        _against_sanitizer, files=(f"sanitize-{tool}.json",),
+    )  # fmt: skip
 
 
-# without torch's pool every tensor is an allocation of its own, so that memcheck sees where each ends
-UNPOOLED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+def _bench(title: str, share: float, words: Sequence[str], file: str = "__main__.py", within: bool = False) -> Step:
+    """A benchmark; `within`: it is told its time, so that it ends by itself behind a whole case."""
+
+    def command(seconds: float) -> list[str]:
+        # what it takes to start and to end is not the cases'
+        more = ["--within", f"{max(0.85 * seconds - 10, 1):.0f}"] if within else []
+        return [sys.executable, "-m", "bench", *words, "--json", *more]
+
+    return Step("bench", title, share, command, _needs(file), files=(f"{words[0]}.json",))
+
+
+def _kernels(name: str, share: float) -> Step:
+    """One op in a process of its own: what one kernel breaks is not the next one's failure."""
+    return _bench(f"kernels, {name}", share, [f"kernels.{name}"], within=True)
+
+
+STEP_ROWS = (
+    *("released loop", "released loop, autocast", "one pass, one backward", "bf16", "bf16, CUDA graph"),
+    "bf16, compiled blocks, CUDA graph",
+)
+"""Of `bench step`; all its rows take several minutes."""
 
 STEPS = (
-    Step(
-        "build",
-        "build of csrc",
-        lambda: [sys.executable, "setup.py", "-q", "build_csrc", "--inplace"],
-        _against_build,
-        problems=_failed_libraries,
-        notes=_missing_libraries,
-    ),
-    Step("tests", "device tests", _pytest, _against_tests, notes=_left_out_tests),
-    Step("sanitizer", "sanitizer, memcheck", _sanitize("memcheck"), _against_sanitizer, UNPOOLED),
-    Step("sanitizer", "sanitizer, racecheck", _sanitize("racecheck"), _against_sanitizer),
-    Step("bench", "benchmarks", lambda: [sys.executable, "-m", "bench", "--json"], _against_bench),
-    Step("bench", "training step", lambda: [sys.executable, "-m", "bench", "step", "--json"], _against_step),
-    Step("bench", "SAM's encoders", lambda: [sys.executable, "-m", "bench", "sam", "--json"], _against_bench),
-    Step("bench", "input", lambda: [sys.executable, "-m", "bench", "loader", "--quick", "--json"], _against_loader),
+    Step("build", "build of csrc", 50, _build, _against_build, problems=_failed_libraries, notes=_missing_libraries),
+    Step("tests", "device tests", 100, _pytest, _against_tests, notes=_left_out_tests, files=("tests.json",)),
+    _sanitizer("memcheck", 50),
+    _sanitizer("racecheck", 35),
+    _kernels("align", 45),
+    _kernels("contrast", 30),
+    _kernels("contrast_sample", 15),
+    _kernels("dwconv", 35),
+    _kernels("dwconv_dilated", 20),
+    _kernels("segloss", 25),
+    _bench("training step", 90, ["step", "--size", "2@512", "--quick", "--rows", *STEP_ROWS], "step.py"),
+    _bench("SAM's encoders", 40, ["sam"], within=True),
+    _bench("input", 35, ["loader", "--quick", "--rounds", "1", "--images", "4", "--workers", "8"], "loader.py"),
 )
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from . import measure
+from .device import check_device, is_lost
+from .limits import Watch
 from .measure import Peaks, Timing
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -205,7 +207,14 @@ def judge(row: Row, outputs: Outputs, exact: Outputs, dtype: torch.dtype, what: 
             row.reasons.append(f"{what}{name} is off by {error:.1e} (bound {BOUNDS[dtype]:.0e})")
 
 
-def run(bench: Bench, setting: Setting, peaks: Peaks | None, report: Callable[[Case, list[Row]], None]) -> list[Row]:
+def run(
+    bench: Bench,
+    setting: Setting,
+    peaks: Peaks | None,
+    report: Callable[[Case, list[Row]], None],
+    seconds: float = math.inf,
+    progress: Callable[[Case, list[Row]], None] = lambda case, rows: None,
+) -> list[Row]:
     """Measure all providers on all cases.
 
     Args:
@@ -213,20 +222,36 @@ def run(bench: Bench, setting: Setting, peaks: Peaks | None, report: Callable[[C
         setting: the device, and whether to be quick.
         peaks: the device's, for the floor; None: there is no floor.
         report: called with each case's rows as soon as it is done.
+        seconds: no case is begun that would not end within these, if it took as long as the longest so far.
+        progress: on a GPU called with the rows of a case that are measured, after each.
 
     Returns:
         rows, case by case, in the order of the providers.
+
+    Raises:
+        DeviceLost: a case has broken the context; its rows have been reported.
     """
     rows: list[Row] = []
+    watch = Watch(seconds)
     for number, case in enumerate(bench.cases(setting)):
-        done = run_case(bench, case, setting, peaks, seed=number)
+        if not watch.another():
+            break
+        done = run_case(bench, case, setting, peaks, number, partial(progress, case))
         report(case, done)
         rows += done
+        check_device(setting.device)
     return rows
 
 
-def run_case(bench: Bench, case: Case, setting: Setting, peaks: Peaks | None, seed: int) -> list[Row]:
-    """Measure all providers on one case."""
+def run_case(
+    bench: Bench,
+    case: Case,
+    setting: Setting,
+    peaks: Peaks | None,
+    seed: int,
+    progress: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Measure all providers on one case; see `run`."""
     if "torch._dynamo" in sys.modules:  # a second size must not make torch.compile generate code for any size
         torch.compiler.reset()
     task = Task(case, case.make(setting.device, seed), setting)
@@ -236,8 +261,15 @@ def run_case(bench: Bench, case: Case, setting: Setting, peaks: Peaks | None, se
         (row, provider) for row, provider in zip(rows, bench.providers, strict=True) if _can_run(row, provider, task)
     ]
     if setting.device.type == "cuda":
-        for row, provider in able:
-            _guarded(row, partial(_measure_gpu, row, provider, task, exact))
+        broke, measured = "", list[Row]()
+        # what takes the longest comes last: a run that is cut off there has the others
+        for row, provider in sorted(able, key=lambda pair: pair[1].name == COMPILED):
+            if broke:
+                row.status, row.reasons = "skipped", [f"{broke} broke the device's context"]
+            elif not _guarded(row, partial(_measure_gpu, row, provider, task, exact)) and is_lost(setting.device):
+                broke = provider.name
+            measured.append(row)
+            progress(measured)
     else:
         _measure_cpu(able, task, exact)
     eager = next((row.errors for row in rows if row.provider == EAGER), {})

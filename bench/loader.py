@@ -1,8 +1,8 @@
 """Input pipelines side by side: `python -m bench loader [--json [FILE]] [--quick] [--list]`.
 
 GTA5 to Cityscapes as the preset reads it, on pictures that are drawn for it. Each row runs in a process of its own, the
-rows in turn in every round. Exit code 0: all that can run here delivered what it should; 1: a row did not; 2: a mistake
-on the command line.
+rows in turn in every round. The JSON is written anew after each row of a round, "complete": false until the last one.
+Exit code 0: all that can run here delivered what it should; 1: a row did not; 2: a mistake on the command line.
 """
 
 import argparse
@@ -133,14 +133,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as folder:
         os.environ["SSR_FAST_CACHE"] = folder  # what is remembered of this data is of no use afterwards
         workload = WORKLOAD()
-        facts = run(rows, workload, options, Path(folder), screen)
+        content = document.document([], setting, None)
+        content |= {"method": METHOD, "workload": dataclasses.asdict(workload)}
+        path = Path(options.json) if options.json else document.default_path("loader", content["device"])
+
+        def save(facts: dict[str, Any], complete: bool) -> None:
+            if options.json is not None:
+                found = document.finite([dataclasses.asdict(row) for row in rows])
+                document.write(path, {**content, "complete": complete, "setting": facts, "rows": found})
+
+        facts = run(rows, workload, options, Path(folder), screen, save)
     show(rows, workload, facts, screen)
     if options.json is not None:
-        content = document.document([], setting, None)
-        content |= {"method": METHOD, "workload": dataclasses.asdict(workload), "setting": facts}
-        content["rows"] = document.finite([dataclasses.asdict(row) for row in rows])
-        path = Path(options.json) if options.json else document.default_path("loader", content["device"])
-        document.write(path, content)
         print(f"wrote {path}")
     failed = [row for row in rows if row.status == "error"]
     for row in failed:
@@ -159,7 +163,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, metavar="N", help="pictures drawn of each set; default: 32, quick 8")
     parser.add_argument("--rounds", type=int, metavar="N", help="default: 5, quick 2")
     parser.add_argument("--seconds", type=float, metavar="S", help="measured in each round; default: 6, quick 2")
-    target = "bench/results/loader-<device>.json without FILE"
+    target = "bench/results/<device>/loader.json without FILE"
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=f"write the results, to {target}")
     parser.add_argument("--quick", action="store_true", help="fewer pictures and rounds")
     here = "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,9 +193,17 @@ def _problem(options: argparse.Namespace) -> str:
 
 
 def run(
-    rows: Sequence[Row], workload: Workload, options: argparse.Namespace, folder: Path, screen: Console
+    rows: Sequence[Row],
+    workload: Workload,
+    options: argparse.Namespace,
+    folder: Path,
+    screen: Console,
+    save: Callable[[dict[str, Any], bool], None] = lambda facts, complete: None,
 ) -> dict[str, Any]:
-    """Draw the data, then fill the rows in, round by round; what the figures depend on."""
+    """Draw the data, then fill the rows in, round by round; what the figures depend on.
+
+    `save` is called with that and whether all is done after each row of a round; spreads are over whole rounds.
+    """
     for row in rows:
         row.reasons = BY_NAME[row.name].reasons(torch.device(options.device))
         row.status = "skipped" if row.reasons else "ok"
@@ -214,8 +226,10 @@ def run(
         for row in rows[:: -1 if number % 2 else 1]:
             if row.status == "ok":
                 _run_round(row, dataclasses.replace(job, provider=row.name), folder)
+                save(facts, False)
+        _summarise(rows)
+        save(facts, number + 1 == options.rounds)
         screen.print(f"round {number + 1} of {options.rounds} done", soft_wrap=True)
-    _summarise(rows)
     return facts
 
 
@@ -264,6 +278,7 @@ def _summarise(rows: Sequence[Row]) -> None:
     """Medians and spreads of the rows that went through every round; ratios where the first provider did too."""
     base = next((row for row in rows if row.name == PROVIDERS[0].name and row.status == "ok"), None)
     for row in rows:
+        row.spreads = {}
         if row.status != "ok":
             continue
         for figure in dataclasses.fields(Measured):

@@ -89,7 +89,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, metavar="N", help="of each training; default: 130, quick 12")
     parser.add_argument("--rounds", type=int, metavar="N", help="pairs of trainings; default: 3, quick 1")
     parser.add_argument("--save-every", type=int, metavar="N", help="default: 65 (demo), 5 (stress), quick 5")
-    target = "bench/results/overhead-cpu.json without FILE"
+    target = "bench/results/cpu/overhead.json without FILE"
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=f"write the results, to {target}")
     parser.add_argument("--quick", action="store_true", help="short trainings that save often")
     options = parser.parse_args(arguments)

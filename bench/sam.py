@@ -2,11 +2,13 @@
 
 A forward pass without gradients, random weights, positions included: segment-anything as it is, compiled, transformers'
 and ours in each form of attention. On a GPU ViT-B, L and H at 1024, else a small encoder. Every result is compared with
-segment-anything's in float64 in the same run. Exit code 0: all that can run here is right; 1: it is not.
+segment-anything's in float64 in the same run. The JSON is written anew after each row, "complete": false until
+the last. Exit code 0: all that can run here is right; 1: it is not.
 """
 
 import argparse
 import copy
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +21,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import document, measure
+from bench.device import DeviceLost, check_device
 from bench.harness import Row, Setting, describe, relative_error
+from bench.limits import Watch
 from bench.measure import Timing
 from bench.tables import console
 from ssr_fast.engine.attention import flex_problem, try_out_biased, xformers_problem
@@ -60,6 +64,10 @@ class Case:
     name: str
     shape: SamShape
     batch: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} B={self.batch}"
 
 
 def stock(encoder: nn.Module, shape: SamShape) -> Encode:
@@ -184,8 +192,14 @@ def random_weights(shape: SamShape) -> nn.Module:
 
 
 @torch.no_grad()
-def run_case(case: Case, setting: Setting, candidates: Sequence[Provider]) -> list[Row]:
-    """Every provider on one case."""
+def run_case(
+    case: Case, setting: Setting, candidates: Sequence[Provider], report: Callable[[Row], None] = lambda row: None
+) -> list[Row]:
+    """Every provider on one case; `report` is called with each row as soon as it is done.
+
+    Raises:
+        DeviceLost: a provider has broken the context; its row has been reported.
+    """
     encoder = random_weights(case.shape).to(setting.device)
     images = torch.randn(case.batch, 3, case.shape.size, case.shape.size, device=setting.device)
     exact: dict[torch.dtype, Tensor] = {}
@@ -193,7 +207,7 @@ def run_case(case: Case, setting: Setting, candidates: Sequence[Provider]) -> li
     for provider in candidates:
         torch.compiler.reset()
         sizes = {"encoder": case.name, "size": case.shape.size, "batch": case.batch}
-        rows.append(Row("sam", f"{case.name} B={case.batch}", sizes, str(provider.dtype), provider.name))
+        rows.append(Row("sam", case.title, sizes, str(provider.dtype), provider.name))
         row = rows[-1]
         row.notes["work"] = "one forward pass of the batch, no gradients"
         try:
@@ -211,6 +225,9 @@ def run_case(case: Case, setting: Setting, candidates: Sequence[Provider]) -> li
             _judge(row, rows)
         except Exception as error:  # the row shows it and the exit code tells; the others are still measured
             row.status, row.error = "error", describe(error)
+        finally:
+            report(row)
+        check_device(setting.device)
     return rows
 
 
@@ -280,9 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m bench sam", description=summary, epilog=details)
-    target = "bench/results/sam-<device>.json without FILE"
+    target = "bench/results/<device>/sam.json without FILE"
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=f"write the results, to {target}")
     parser.add_argument("--quick", action="store_true", help="one encoder, one image, fewer repetitions")
+    parser.add_argument("--within", **document.WITHIN)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=here, help=f"default here: {here}")
     options = parser.parse_args(arguments)
@@ -292,17 +310,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     candidates = providers(torch.float32 if setting.device.type == "cpu" else torch.bfloat16)
-    rows: list[Row] = []
-    for case in cases(setting):
-        done = run_case(case, setting, candidates)
-        show(done)
-        rows += done
-    if options.json is not None:
-        content = document.document(rows, setting, None)
-        path = Path(options.json) if options.json else document.default_path("sam", content["device"])
-        document.write(path, content)
-        print(f"wrote {path}")
+    rows, lost = _run_all(candidates, setting, options)
     failed = [f"{row.case}: {row.provider}: {row.error or '; '.join(row.reasons)}" for row in rows if row.failed]
-    for line in failed:
+    for line in failed + lost:
         print(line, file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or lost else 0
+
+
+def _run_all(
+    candidates: Sequence[Provider], setting: Setting, options: argparse.Namespace
+) -> tuple[list[Row], list[str]]:
+    """All cases; the document is written anew after each row. Returns the rows, and why the device was lost, if so."""
+    content = document.document([], setting, None) if options.json is not None else {}
+    path = Path(options.json) if options.json else document.default_path("sam", content["device"]) if content else None
+    rows: list[Row] = []
+    left = [(case, provider.name) for case in cases(setting) for provider in candidates]
+
+    def report(row: Row) -> None:
+        rows.append(row)
+        left.pop(0)
+        if path:
+            missing = list(dict.fromkeys(case.title for case, _ in left))
+            whole = [document.finite(dataclasses.asdict(one)) for one in rows]
+            document.write(path, {**content, "complete": not left, "missing": missing, "rows": whole})
+
+    watch = Watch(options.within)
+    try:
+        for case in cases(setting):
+            if not watch.another():
+                print(f"left out, they would not have ended within {options.within:g} s: {case.title} and what follows")
+                break
+            show(run_case(case, setting, candidates, report))
+    except DeviceLost as error:
+        return rows, [f"the device does not answer any more, the rest is left out: {error}"]
+    finally:
+        if path and rows:
+            print(f"wrote {path}")
+    return rows, []

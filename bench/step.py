@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench step", description=summary, epilog=details)
     parser.add_argument("--size", action="append", metavar="B@CROP", help=f"of {', '.join(SIZES)}; may be repeated")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help=f"default: all of {'; '.join(VARIANTS)}")
-    target = "bench/results/step-<device>.json without FILE"
+    target = "bench/results/<device>/step.json without FILE"
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=f"write the results, to {target}")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the waterfall, a PNG")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")

@@ -77,7 +77,7 @@ def step_time(results: Path, batch: int, crop: int) -> Input:
     """A step of one GPU, milliseconds: the newest measurement in `results`, else the prediction.
 
     Args:
-        results: folder with step-*.json, which `python -m bench step --json` writes.
+        results: folder with <device>/step.json, which `python -m bench step --json` writes.
         batch: images a domain.
         crop: side of the crop.
 
@@ -85,7 +85,7 @@ def step_time(results: Path, batch: int, crop: int) -> Input:
         BadInput: neither is there, or a file cannot be read.
     """
     size = f"MiT-B5, {batch}+{batch}@{crop}"
-    found = [made for path in sorted(results.glob("step-*.json")) if (made := _measured_step(path, size))]
+    found = [made for path in sorted(results.glob("*/step.json")) if (made := _measured_step(path, size))]
     if found:
         return max(found, key=lambda one: one[0])[1]
     if (batch, crop) in PREDICTED_MS:
@@ -110,6 +110,7 @@ def _measured_step(path: Path, size: str) -> tuple[str, Input] | None:
         }
         device, commit, date = content["device"]["name"], content["commit"] or "unknown", content["date"]
         dirty = " with changes" if content["dirty"] else ""
+        partial = "" if content.get("complete", True) else ", a run that was cut off: rows are missing"
     except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
             f"{path} is no result of `python -m bench step --json` ({type(error).__name__}: {error}): "
@@ -118,7 +119,7 @@ def _measured_step(path: Path, size: str) -> tuple[str, Input] | None:
     if not times:
         return None
     name = min(times, key=lambda name: times[name])
-    detail = f"{path}, row {name!r}, {device}, commit {commit}{dirty}, {date}"
+    detail = f"{path}, row {name!r}, {device}, commit {commit}{dirty}, {date}{partial}"
     return date, Input("step", times[name], "ms", "measured", detail)
 
 

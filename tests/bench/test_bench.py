@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -130,9 +131,9 @@ def test_json_without_a_file_goes_to_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(document, "RESULTS", tmp_path)
     monkeypatch.setattr(command, "BENCHES", (a_bench(Provider("eager", square)),))
     assert command.main(["--quick", "--device", "cpu", "--json"]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["fake-cpu.json"]
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")] == [Path("cpu/fake.json")]
     gpu = {"kind": "cuda", "name": "NVIDIA H100 80GB HBM3"}
-    assert document.default_path("kernels.align", gpu).name == "kernels.align-nvidia-h100-80gb-hbm3.json"
+    assert document.default_path("kernels.align", gpu) == tmp_path / "nvidia-h100-80gb-hbm3/kernels.align.json"
 
 
 def test_the_commit_of_a_tree_without_git_comes_from_the_environment(monkeypatch):

@@ -215,10 +215,9 @@ def results(folder, name="NVIDIA H100 80GB HBM3", kind="cuda", ms=41.5, date="20
     slower = {**row, "name": "bf16", "step_us": {**timing, "median": 2e3 * ms}}
     loop = {**row, "name": RELEASED, "step_us": {**timing, "median": 1.0}}
     content = {"device": {"kind": kind, "name": name}, "commit": "abc123", "dirty": False, "date": date}
-    folder.mkdir(exist_ok=True)
-    (folder / f"step-{name.lower().replace(' ', '-')}.json").write_text(
-        json.dumps({**content, "rows": [slower, row, loop]})
-    )
+    folder = folder / name.lower().replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "step.json").write_text(json.dumps({**content, "rows": [slower, row, loop]}))
 
 
 def test_a_measured_step_is_picked_up_and_named(tmp_path, capsys):
@@ -230,7 +229,7 @@ def test_a_measured_step_is_picked_up_and_named(tmp_path, capsys):
     assert run("--json", str(file)) == 0
     step = sources(json.loads(file.read_text()))["step"]
     assert step["source"] == "measured" and step["value"] == pytest.approx(41.5)
-    for part in ("step-nvidia-h100-80gb-hbm3.json", GRAPH, "NVIDIA H100 80GB HBM3", "abc123", "2027-01-02"):
+    for part in ("nvidia-h100-80gb-hbm3/step.json", GRAPH, "NVIDIA H100 80GB HBM3", "abc123", "2027-01-02"):
         assert part in step["detail"]
     printed = capsys.readouterr().out
     assert "step: 41.5 ms (measured: " in printed and printed.startswith("MODEL, not measured")
@@ -247,10 +246,10 @@ def test_a_measured_step_is_picked_up_and_named(tmp_path, capsys):
 @pytest.mark.parametrize("change", [{"status": "wrong"}, {"step_us": None}, {"size": "MiT-B5, 8+8@512"}])
 def test_a_row_that_is_no_right_step_of_this_size_is_not_used(change):
     results(document.RESULTS, **change)
-    content = json.loads(next(document.RESULTS.iterdir()).read_text())
+    content = json.loads(next(document.RESULTS.rglob("*.json")).read_text())
     for row in content["rows"]:
         row.update(change)
-    next(document.RESULTS.iterdir()).write_text(json.dumps(content))
+    next(document.RESULTS.rglob("*.json")).write_text(json.dumps(content))
     assert step_time(document.RESULTS, 2, 512).source == "predicted"
 
 
@@ -307,9 +306,10 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys):
         printed = capsys.readouterr()
         assert printed.out == "" and printed.err.count("\n") == 1 and hint in printed.err, printed.err
     folder.mkdir()
-    (folder / "step-broken.json").write_text("[]")
+    (folder / "broken").mkdir(parents=True)
+    (folder / "broken" / "step.json").write_text("[]")
     assert run() == 2
-    assert "step-broken.json is no result of" in capsys.readouterr().err
+    assert "broken/step.json is no result of" in capsys.readouterr().err
     for words in (
         ("--gpus", "0"),
         ("--step-ms", "-1"),
