@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import measure
 from .device import check_device, is_lost
-from .limits import Watch
+from .limits import CaseLimit
 from .measure import Peaks, Timing
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -232,9 +232,9 @@ def run(
         DeviceLost: a case has broken the context; its rows have been reported.
     """
     rows: list[Row] = []
-    watch = Watch(seconds)
+    limit = CaseLimit(seconds)
     for number, case in enumerate(bench.cases(setting)):
-        if not watch.another():
+        if not limit.another():
             break
         done = run_case(bench, case, setting, peaks, number, partial(progress, case))
         report(case, done)

@@ -116,7 +116,7 @@ class Budget:
         return self.left * own / (own + sum(later))
 
 
-class Watch:
+class CaseLimit:
     """Whether the next case may be begun: as long as the longest one so far would end within `seconds`.
 
     The first case is begun in any case.

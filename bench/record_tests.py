@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
     if worker or not getattr(config.option, "numprocesses", None):
-        config.pluginmanager.register(Watch(worker), "device-watch")
+        config.pluginmanager.register(DeviceWatch(worker), "device-watch")
 
 
 class Recorder:
@@ -115,7 +115,7 @@ def _last_line(text: str) -> str:
     return lines[0][:200] if lines else (text.strip().splitlines() or [""])[-1][:200]
 
 
-class Watch:
+class DeviceWatch:
     """Looks at the device behind each failed test of this process."""
 
     def __init__(self, worker: bool) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bench import document, measure
 from bench.device import DeviceLost, check_device
 from bench.harness import Row, Setting, describe, relative_error
-from bench.limits import Watch
+from bench.limits import CaseLimit
 from bench.measure import Timing
 from bench.tables import console
 from ssr_fast.engine.attention import flex_problem, try_out_biased, xformers_problem
@@ -334,10 +334,10 @@ def _run_all(
             whole = [document.finite(dataclasses.asdict(one)) for one in rows]
             document.write(path, {**content, "complete": not left, "missing": missing, "rows": whole})
 
-    watch = Watch(options.within)
+    limit = CaseLimit(options.within)
     try:
         for case in cases(setting):
-            if not watch.another():
+            if not limit.another():
                 print(f"left out, they would not have ended within {options.within:g} s: {case.title} and what follows")
                 break
             show(run_case(case, setting, candidates, report))

@@ -105,14 +105,14 @@ def test_a_budget_is_shared_by_parts_and_what_is_not_used_goes_on():
 
 def test_no_case_is_begun_that_would_end_late():
     now = [0.0]
-    watch = limits.Watch(10, lambda: now[0])
+    limit = limits.CaseLimit(10, lambda: now[0])
     asked = []
     for seconds in (1, 4, 2, 3):
-        asked.append(watch.another())
+        asked.append(limit.another())
         now[0] += seconds
     # 1 -> 1 + 1; 5 -> 5 + 4; 7 + 4 is too late
     assert asked == [True, True, True, False]
-    assert limits.Watch(0, lambda: now[0]).another()  # the first case is begun in any case
+    assert limits.CaseLimit(0, lambda: now[0]).another()  # the first case is begun in any case
 
 
 def test_stoppable_leaves_other_threads_alone():
