@@ -31,6 +31,7 @@ BENCHES: tuple[Bench, ...] = (
 COMMANDS = {
     "ledger": ("bench.ledger.__main__", "a training step counted at full size: operators, syncs, bytes"),
     "step": ("bench.step", "a training step timed, the released loop's and ours, lever by lever"),
+    "profile": ("bench.profiling", "a training step's largest kernels and the device's idle share, by torch.profiler"),
     "scaling": (
         "bench.scaling.__main__",
         "several GPUs, by a model from one GPU's step: efficiency, hours, what to use",

@@ -91,7 +91,7 @@ def test_a_row_that_did_not_do_what_it_is_named_after_is_an_error():
     comparison = Comparison(demo_workload(1, 64, 64), [ONE_PASS], Setting(CPU, True), None)
     row = comparison.rows[ONE_PASS]
     row.notes.append("no CUDA graph: out of luck")
-    comparison._ready(row, variant, [])
+    comparison._ready(row, variant)
     assert row.failed and row.reasons == ["no CUDA graph: out of luck"]
 
 
@@ -153,7 +153,7 @@ def test_the_path_of_a_gpu_with_stand_ins(monkeypatch):
 
     comparison = Comparison(demo_workload(1, 64, 64), [RELEASED, AUTOCAST], Setting(CPU, True), Peak(4e12, 2e12, 1e12))
     comparison.on_gpu = True
-    comparison.rows = {name: Row("size", name, comparison._precision(VARIANTS[name])) for name in comparison.rows}
+    comparison.rows = {name: Row("size", name, stepping.precision_of(VARIANTS[name], True)) for name in comparison.rows}
     monkeypatch.setitem(VARIANTS, RELEASED, variants.Variant(loop))
     rows = comparison.run()
     assert [row.precision for row in rows] == ["tf32", "bf16"]
