@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from bench import document, kernel_times, tables
 from bench.harness import Setting
@@ -165,21 +166,20 @@ def _wall_ms(step: Callable[[], None], steps: int, on_gpu: bool) -> float:
     return 1e3 * (time.perf_counter() - started) / steps
 
 
-def _trace(step: Callable[[], None], steps: int) -> dict[str, Any]:
+def _trace(step: Callable[[], None], steps: int, activity: ProfilerActivity = ProfilerActivity.CUDA) -> dict[str, Any]:
     """A trace of some steps on a GPU.
 
     The profiler comes once in a process and late: after an empty session CUPTI may record nothing more (seen with
     CUDA 13), and after any session the process may stay slower; a graph that was captured before is recorded all the
     same.
     """
-    from torch.profiler import ProfilerActivity, profile, schedule
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         with profile(
-            activities=[ProfilerActivity.CUDA],
+            activities=[activity],
             schedule=schedule(wait=0, warmup=DISCARDED, active=steps, repeat=1),
             on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+            acc_events=True,
         ) as profiler:
             for number in range(DISCARDED + steps):
                 step()
@@ -210,8 +210,6 @@ def found_in(trace: dict[str, Any], steps: int, wall_ms: float, notes: Sequence[
 
 
 def _of_cpu(step: Callable[[], None], steps: int, wall_ms: float, notes: Sequence[str]) -> Found:
-    from torch.profiler import ProfilerActivity, profile
-
     started = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         for _ in range(steps):

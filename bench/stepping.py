@@ -52,8 +52,8 @@ METHOD = {
     "torch.optim.AdamW as it comes, else the released loop; its LayerNorm's eps set to MiT's, its stochastic depth on "
     "the loop's random numbers, so that its losses are those of the released loop",
     "sam": "SAM on source and mixed images in each step, random weights; the released loop has segment-anything's "
-    "encoder, a projection, a resized feature and a cosine at each of five points in eager PyTorch; ours has our own. The "
-    "encoder's FLOPs are those of attention as wide as its heads",
+    "encoder, a projection, a resized feature and a cosine at each of five points in eager PyTorch; ours has our own. "
+    "The encoder's FLOPs are those of attention as wide as its heads",
 }
 """How each column comes about, for the JSON."""
 
