@@ -19,7 +19,7 @@ from bench.workload import STEPS, demo_workload
 from ssr_fast.engine.step import TrainStep
 from ssr_fast.methods.regularisers import CosineAlignment
 from ssr_fast.methods.ssr import SsrConfig
-from ssr_fast.models.sam import SHAPES
+from ssr_fast.models.sam import SHAPES, SamShape
 from tests.bench.teaching import teach
 
 CPU = torch.device("cpu")
@@ -69,6 +69,15 @@ def test_an_encoder_that_forgets_its_positions_is_noticed(monkeypatch):
     monkeypatch.setattr(sam_attention, "make_tables", lambda tables, *a: make(tuple(0 * t for t in tables), *a))
     (row,) = Comparison(demo_workload(1, 64, 64, sam="small"), [ONE_PASS], Setting(CPU, True), None).run()
     assert row.status == "wrong", row
+
+
+def test_an_encoder_of_a_fixed_size(monkeypatch):
+    """As SAM's own: images are resized to its square, and it has absolute positions."""
+    monkeypatch.setitem(SHAPES, "vit_b", SamShape(96, 8, 48, 2, 3, 4.0, 32, 5, (1,)))
+    workload = demo_workload(1, 64, 64, sam="vit_b")
+    released, ours = Comparison(workload, [RELEASED, ONE_PASS], Setting(CPU, True), None).run()
+    assert released.status == ours.status == "ok" and 0 < ours.loss_error < 1e-6, ours
+    assert workload.method(CPU).encoder.encoder.pos_embed.std() > 0.1
 
 
 def test_losses_and_weights_of_several_steps():
