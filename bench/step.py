@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _save(path, content, rows)
 
         done = comparison.run(report)
-        if any(row.step_us for row in done):
+        if comparison.flops is not None:
             content["flops"][comparison.workload.name] = comparison.flops
         show(done, content, screen)
     content["complete"] = True

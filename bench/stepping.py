@@ -113,6 +113,9 @@ class Comparison:
     ) -> None:
         self.workload, self.setting, self.peak, self.device = workload, setting, peak, setting.device
         self.deadline = deadline
+        self.flops: int | None = None
+        """Of a step, counted before the first row that runs; None before, and where it could not be counted."""
+        self._counted = False
         self.batches = [batch.to(self.device) for batch in workload.batches]
         self.on_gpu = self.device.type == "cuda"
         self.variants = variants_of(workload.sam)
@@ -120,11 +123,6 @@ class Comparison:
             name: Row(workload.name, name, precision_of(self.variants[name], self.on_gpu))
             for name in names or self.variants
         }
-
-    @cached_property
-    def flops(self) -> int:
-        """Of a step."""
-        return self.workload.flops(self.device)
 
     @cached_property
     def expected(self) -> list[dict[str, float]]:
@@ -160,6 +158,7 @@ class Comparison:
     def _ready(self, row: Row, variant: Variant) -> Step | None:
         """Build and judge a row; on a GPU time it too, its nets alone on the device, and on a CPU return its step."""
         try:
+            self._count(row)
             expected = self.expected
             self._clear(row)
             step = variant.build(self._method(), self.workload.optim, STEPS, row.notes.append)
@@ -183,6 +182,16 @@ class Comparison:
         finally:
             allow_tf32(False)
         return None
+
+    def _count(self, row: Row) -> None:
+        """Count the FLOPs of a step, before anything else is on the device; rows do without if that fails."""
+        if self._counted:
+            return
+        self._counted = True
+        try:
+            self.flops = self.workload.flops(self.device)
+        except Exception as error:  # told in the row; what was to be measured does not depend on it
+            row.notes.append(f"no MFU: counting the FLOPs of a step failed: {describe(error)}")
 
     def _clear(self, row: Row) -> None:
         """Nothing of an earlier row may stand in the GPU's memory, also not of one that has failed."""
@@ -243,7 +252,7 @@ class Comparison:
         row.images_per_second = self.workload.images / seconds
         base = self.rows.get(RELEASED)
         row.speedup = base.step_us.median / row.step_us.median if base and base.step_us else None
-        if self.peak is not None:
+        if self.peak is not None and self.flops is not None:
             row.mfu = 100 * self.flops / seconds / float(getattr(self.peak, row.precision))
 
 

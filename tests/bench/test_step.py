@@ -18,7 +18,7 @@ from bench.measure import Timing
 from bench.peaks import Peak, find_peak
 from bench.stepping import Comparison, Row
 from bench.variants import AUTOCAST, BFLOAT16, GRAPH, ONE_PASS, RELEASED, TRANSFORMERS, VARIANTS
-from bench.workload import STEPS, decided, demo_workload, full_workload
+from bench.workload import STEPS, Workload, decided, demo_workload, full_workload
 from ssr_fast.methods.method import Method
 from ssr_fast.models.segmentor import Segmentor
 
@@ -293,6 +293,17 @@ def test_the_released_loop_is_run_once_for_all_rows_and_as_long_as_they_need(mon
     assert taken == [0, 1]  # GRAPH, which is judged by more, does not run here
 
 
+def test_rows_do_without_flops_that_cannot_be_counted(monkeypatch):
+    def failing(self, device):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(Workload, "flops", failing)
+    comparison = Comparison(demo_workload(1, 64, 64), [ONE_PASS, BFLOAT16], Setting(CPU, True), Peak(4e12, 2e12, 1e12))
+    first, second = comparison.run()
+    assert first.status == second.status == "ok" and first.step_us and first.mfu is None and second.notes == []
+    assert first.notes == ["no MFU: counting the FLOPs of a step failed: RuntimeError: no such operator"]
+
+
 def test_rows_that_are_compiled_come_last():
     for names in (list(VARIANTS), list(variants.ssr_variants("small"))):
         compiled = [number for number, name in enumerate(names) if variants.COMPILED in name]
@@ -303,7 +314,7 @@ def test_rows_that_are_compiled_come_last():
 def test_logits_of_the_full_workload_are_as_wide_as_trained_ones():
     """Else the losses are the logarithm of 19 whatever the backbone does, and no verdict tells anything."""
     student = full_workload(1, 64).student.train()
-    logits = student(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))).logits
+    logits = student(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))).logits.detach()
     assert 0.5 < float(logits.std()) < 5
     fresh = demo_workload(1, 64, 64).student.eval()
     wide, images = decided(copy.deepcopy(fresh)), torch.ones(1, 3, 64, 64)
