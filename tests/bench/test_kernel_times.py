@@ -60,6 +60,7 @@ def test_a_trace_of_graph_replays():
     assert kinds["matrix products"] == (2, pytest.approx(0.018), pytest.approx(100 * 18 / 28))
     assert incomplete(totals(events), 3) == []
     assert incomplete(totals(events[:-2]), 3) == ["gelu_forward", "Memcpy DtoD (Device -> Device)"]
+    assert incomplete({"odd": (4, 1.0), "even": (6, 1.0)}, 3) == ["odd"]
 
 
 NATIVE = "void at::native::"
@@ -81,6 +82,11 @@ NAMES = {
     ", at::native::(anonymous namespace)::FusedAdamMathFunctor<float, 4>>(float)": (
         "multi_tensor_apply_kernel<FusedAdamMathFunctor>",
         "optimiser, average, working copies",
+    ),
+    f"{NATIVE}elementwise_kernel<128, 4, at::native::BinaryFunctor<float, float, float, at::native::binary_internal::"
+    "MulFunctor<float> >, at::native::clamp_min_scalar_kernel_impl_cuda>(int)": (
+        "elementwise_kernel<MulFunctor>",
+        kernel_times.ELEMENTWISE,
     ),
     "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<64, 128> >(Params)": (
         "flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import step as command
-from bench import stepping, variants
+from bench import step_picture, stepping, variants
 from bench.__main__ import main
 from bench.harness import Setting
 from bench.measure import Timing
@@ -60,6 +60,19 @@ def test_rows_json_and_picture(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert f"{GRAPH} skipped: timed on a GPU only" in printed and "MFU: no peak of" in printed
+
+
+def test_one_picture_of_several_documents(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(step_picture, "draw", lambda path, content: drawn.append(content))
+    for name, device in (("a", "H100"), ("b", "H100"), ("c", "H200")):
+        rows = [{"size": name, "name": RELEASED}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"device": {"name": device}, "date": name, "rows": rows}))
+    files = [str(tmp_path / f"{name}.json") for name in "abc"]
+    assert step_picture.main([*files[:2], "--out", str(tmp_path / "all.png")]) == 0
+    assert [row["size"] for row in drawn[0]["rows"]] == ["a", "b"] and drawn[0]["date"] == "b"
+    assert step_picture.main([*files, "--out", str(tmp_path / "all.png")]) == 2 and len(drawn) == 1
+    assert "several devices (H100, H200)" in capsys.readouterr().err
 
 
 def test_a_wrong_row_and_one_that_raises_are_noticed(monkeypatch, capsys):
