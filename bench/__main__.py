@@ -36,6 +36,7 @@ BENCHES: tuple[Bench, ...] = (
 COMMANDS = {
     "ledger": ("bench.ledger.__main__", "a training step counted at full size: operators, syncs, bytes"),
     "step": ("bench.step", "a training step timed, the released loop's and ours, lever by lever"),
+    "profile": ("bench.profiling", "a training step's largest kernels and the device's idle share, by torch.profiler"),
     "scaling": (
         "bench.scaling.__main__",
         "several GPUs, by a model from one GPU's step: efficiency, hours, what to use",
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tables.show(case, done, peaks, goals, screen)
 
         try:
-            run(bench, setting, peaks, report, options.within, partial(record.write, bench.name))
+            run(bench, setting, peaks, report, 60 * options.minutes, partial(record.write, bench.name))
         except DeviceLost as error:
             lost = f"{bench.name}: the device does not answer any more, the rest is left out: {error}"
             break
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"wrote {path}")
     left = record.missing()
     if left and not lost:
-        print(f"left out, they would not have ended within {options.within:g} s: {'; '.join(left)}")
+        print(f"left out, not to be done within {options.minutes:g} minutes: {'; '.join(left)}")
     rows = [row for done in record.rows.values() for row in done]
     failed = list(dict.fromkeys(f"{row.bench} {row.case}: {row.provider}: {row.status}" for row in rows if row.failed))
     failed += [lost] if lost else []
@@ -150,7 +151,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     target = "bench/results/<device>/<NAME>.json without FILE"
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=f"write the results, to {target}")
     parser.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
-    parser.add_argument("--within", **document.WITHIN)
+    parser.add_argument("--minutes", **document.MINUTES)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=here, help=f"default here: {here}")
     return parser.parse_args(arguments)

@@ -27,13 +27,13 @@ RESULTS = Path(__file__).parent / "results"
 COMMIT = "SSR_FAST_COMMIT"
 """Environment variable with the commit ("-dirty" behind it where files have changed) of a tree that has no .git."""
 
-WITHIN: dict[str, Any] = {
+MINUTES: dict[str, Any] = {
     "type": float,
     "default": math.inf,
-    "metavar": "SECONDS",
-    "help": "begin no case that would not end within SECONDS of the benchmark's start, as long as the longest so far",
+    "metavar": "M",
+    "help": "begin no case that would not end within M minutes of the benchmark's start, as long as the longest so far",
 }
-"""The option --within of the benchmarks whose cases are written one by one."""
+"""The option --minutes of the benchmarks whose cases are written one by one."""
 
 
 def document(rows: list[Row], setting: Setting, peaks: Peaks | None) -> dict[str, Any]:

@@ -240,27 +240,38 @@ def _sanitizer(tool: str, share: float) -> Step:
     )  # fmt: skip
 
 
-def _bench(title: str, share: float, words: Sequence[str], file: str = "__main__.py", within: bool = False) -> Step:
-    """A benchmark; `within`: it is told its time, so that it ends by itself behind a whole case."""
+def _bench(
+    title: str, share: float, words: Sequence[str], file: str = "__main__.py", minutes: bool = True, result: str = ""
+) -> Step:
+    """A benchmark.
+
+    Args:
+        title, share: of the step.
+        words: of the command line.
+        file: what it imports.
+        minutes: it is told its time, so that it ends by itself behind a whole case or row.
+        result: name of its document; "": that of the benchmark.
+    """
 
     def command(seconds: float) -> list[str]:
         # what it takes to start and to end is not the cases'
-        more = ["--within", f"{max(0.85 * seconds - 10, 1):.0f}"] if within else []
+        more = ["--minutes", f"{max(0.85 * seconds - 10, 1) / 60:.2f}"] if minutes else []
         return [sys.executable, "-m", "bench", *words, "--json", *more]
 
-    return Step("bench", title, share, command, _needs(file), files=(f"{words[0]}.json",))
+    return Step("bench", title, share, command, _needs(file), files=(f"{result or words[0]}.json",))
 
 
 def _kernels(name: str, share: float) -> Step:
     """One op in a process of its own: what one kernel breaks is not the next one's failure."""
-    return _bench(f"kernels, {name}", share, [f"kernels.{name}"], within=True)
+    return _bench(f"kernels, {name}", share, [f"kernels.{name}"])
 
 
-STEP_ROWS = (
-    *("released loop", "released loop, autocast", "one pass, one backward", "bf16", "bf16, CUDA graph"),
-    "bf16, compiled blocks, CUDA graph",
-)
+STEP_ROWS = [
+    *("released loop", "released loop, autocast", "transformers' Segformer, plain loop", "one pass, one backward"),
+    *("bf16", "bf16, CUDA graph", "bf16, compiled blocks, CUDA graph"),
+]
 """Of `bench step`; all its rows take several minutes."""
+STEP_WORDS = ["step", "--quick", "--rows", *STEP_ROWS, "--size", "2@512"]
 
 STEPS = (
     Step("build", "build of csrc", 50, _build, _against_build, problems=_failed_libraries, notes=_missing_libraries),
@@ -273,9 +284,9 @@ STEPS = (
     _kernels("dwconv", 35),
     _kernels("dwconv_dilated", 20),
     _kernels("segloss", 25),
-    _bench("training step", 90, ["step", "--size", "2@512", "--quick", "--rows", *STEP_ROWS], "step.py"),
-    _bench("SAM's encoders", 40, ["sam"], within=True),
-    _bench("input", 35, ["loader", "--quick", "--rounds", "1", "--images", "4", "--workers", "8"], "loader.py"),
+    _bench("training step", 90, STEP_WORDS, "step.py", result="step-2-512"),
+    _bench("SAM's encoders", 40, ["sam"]),
+    _bench("input", 35, ["loader", "--quick", "--rounds", "1", "--images", "4", "--workers", "8"], "loader.py", False),
 )
 
 if __name__ == "__main__":

@@ -52,13 +52,15 @@ def lines(documents: Mapping[str, Document], width: int = WIDTH) -> list[str]:
     said = [_about(next(iter(documents.values()))), *_tests(documents.get("tests")), *_sanitizer(documents)]
     for name, peers in KERNELS.items():
         said += _kernels(name, peers, documents.get(name))
-    said += _step(documents.get("step")) + _sam(documents.get("sam")) + _loader(documents.get("loader"))
-    said += [f"{name}: written" for name in documents if name not in _KNOWN]
+    steps = [_step(document) for name, document in documents.items() if name.split("-")[0] == "step"]
+    said += sum(steps, []) if steps else ["step: no result"]
+    said += _sam(documents.get("sam")) + _loader(documents.get("loader"))
+    said += [f"{name}: written" for name in documents if name not in _KNOWN and not name.startswith("step")]
     short = [line if len(line) <= width else line[: width - 3] + "..." for line in said]
     return short if len(short) <= LINES else [*short[: LINES - 1], f"... {len(short) - LINES + 1} more lines: see JSON"]
 
 
-_KNOWN = {*KERNELS, "tests", "sanitize-memcheck", "sanitize-racecheck", "step", "sam", "loader"}
+_KNOWN = {*KERNELS, "tests", "sanitize-memcheck", "sanitize-racecheck", "sam", "loader"}
 
 
 def _about(document: Document) -> str:
@@ -141,9 +143,7 @@ def _memory(rows: Mapping[str, Row], provider: str) -> str:
     return _megabytes(own) + (f" (eager {_megabytes(eager)})" if eager is not None else "")
 
 
-def _step(document: Document | None) -> list[str]:
-    if document is None:
-        return ["step: no result"]
+def _step(document: Document) -> list[str]:
     said = []
     for size in dict.fromkeys(row["size"] for row in document["rows"]):
         said.append(f"step  {size}{_part(document)}")

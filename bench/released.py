@@ -25,6 +25,7 @@ from ssr_fast.data.labels import IGNORE
 from ssr_fast.engine.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 from ssr_fast.methods.self_training import SelfTraining
 from ssr_fast.models import heads, mit
+from ssr_fast.models.segmentor import SegmentorOutput
 
 COVERED = 0.75
 """Share of a feature pixel that one thing class must cover, for the feature distance."""
@@ -194,14 +195,14 @@ class ReleasedStep:
         autograd, terms = self.autograd, {}
         self.draws.begin(self.method, step)
         self._follow(step)
-        for parameter in self.student.parameters():
-            parameter.grad = None
+        self.optimizer.zero_grad()
         source = normalise_batch(batch.source_image).contiguous()
         self.draws.enter(0, len(source))
         with autograd.saving():
             output = self.student(source)
             loss = self._loss(output.logits, batch.source_label, None)
-        terms["loss/source"] = self._log(loss)
+            terms["loss/source"] = self._log(loss)
+            loss = self._regularised(loss, output, source, terms)
         if self.reference is not None:
             if ONE_BACKWARD not in self.levers:
                 autograd.backward(loss, retain_graph=True)
@@ -213,11 +214,17 @@ class ReleasedStep:
         mixed, label, weight, terms["confident"] = self._mix(batch, source)
         self.draws.enter(1, len(mixed))
         with autograd.saving():
-            loss = self._loss(self.student(mixed).logits, label, weight)
-        terms["loss/mixed"] = self._log(loss)
+            output = self.student(mixed)
+            loss = self._loss(output.logits, label, weight)
+            terms["loss/mixed"] = self._log(loss)
+            loss = self._regularised(loss, output, mixed, terms)
         autograd.backward(loss)
         self._adamw(learning_rate(step, self.optim, self.steps))
         return {"loss": sum(value for name, value in terms.items() if name.startswith("loss/")), **terms}
+
+    def _regularised(self, loss: Tensor, output: SegmentorOutput, images: Tensor, terms: dict[str, float]) -> Tensor:
+        """The loss of a pass over the source's or the mixed images, with what a subclass adds to it and to the log."""
+        return loss
 
     def _block(self, block: mit.Block, number: int, rate: float, x: Tensor, factors: Tensor | None = None) -> Tensor:
         """Stochastic depth drawn in each branch."""

@@ -104,10 +104,11 @@ def _line(prediction: Prediction, documents: Mapping[str, Any]) -> str:
 
 def measured(prediction: Prediction, documents: Mapping[str, Any]) -> Mapping[str, float] | None:
     """The measurement of a prediction, the shortest if several right rows fit; None without one."""
-    content = documents.get(prediction.get("document", ""))
-    if content is None:
+    if "document" not in prediction:
         return None
-    fit = [row for row in content["rows"] if row["status"] == "ok" and _fits(row, prediction["where"])]
+    kind = prediction["document"]  # a run of some sizes alone has them behind the name
+    rows = [row for name, content in documents.items() if name.split("-")[0] == kind for row in content["rows"]]
+    fit = [row for row in rows if row["status"] == "ok" and _fits(row, prediction["where"])]
     found = [row[prediction["field"]] for row in fit if row[prediction["field"]]]
     return min(found, key=lambda timing: float(timing["median"]), default=None)
 

@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target = "bench/results/<device>/sam.json without FILE"
     parser.add_argument("--json", nargs="?", const="", metavar="FILE", help=f"write the results, to {target}")
     parser.add_argument("--quick", action="store_true", help="one encoder, one image, fewer repetitions")
-    parser.add_argument("--within", **document.WITHIN)
+    parser.add_argument("--minutes", **document.MINUTES)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cuda", "cpu"), default=here, help=f"default here: {here}")
     options = parser.parse_args(arguments)
@@ -334,11 +334,11 @@ def _run_all(
             whole = [document.finite(dataclasses.asdict(one)) for one in rows]
             document.write(path, {**content, "complete": not left, "missing": missing, "rows": whole})
 
-    limit = CaseLimit(options.within)
+    limit = CaseLimit(60 * options.minutes)
     try:
         for case in cases(setting):
             if not limit.another():
-                print(f"left out, they would not have ended within {options.within:g} s: {case.title} and what follows")
+                print(f"left out, not to be done within {options.minutes:g} minutes: {case.title} and what follows")
                 break
             show(run_case(case, setting, candidates, report))
     except DeviceLost as error:

@@ -1,5 +1,13 @@
-"""The waterfall of `bench step`: bars of milliseconds, lever by lever."""
+"""The waterfall of `bench step`: bars of milliseconds, lever by lever.
 
+`python -m bench.step_picture FILE.json... --out FILE.png` draws one from several documents of the same device, in
+which `bench step --json` has put one size each.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +16,29 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from bench.variants import AUTOCAST, LOOP, RELEASED
+from bench.variants import AUTOCAST, LOOP, PLAIN, RELEASED
 
-GREY, BLUE, GREEN = "#8a8a8a", "#3b6fb6", "#4a9a3a"
-"""The released loop, it with levers, ours."""
+GREY, BLUE, ORANGE, GREEN = "#8a8a8a", "#3b6fb6", "#c47a2c", "#4a9a3a"
+"""The released loop, it with levers, it on transformers' network, ours."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit code: 2 for a mistake."""
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(prog="python -m bench.step_picture", description=summary, epilog=details)
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="documents of `python -m bench step --json`"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, a PNG")
+    options = parser.parse_args(arguments)
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
+    devices = sorted({str(one["device"]["name"]) for one in documents})
+    if len(devices) > 1:
+        print(f"bench.step_picture: the documents are of several devices ({', '.join(devices)})", file=sys.stderr)
+        return 2
+    draw(options.out, {**documents[-1], "rows": [row for one in documents for row in one["rows"]]})
+    print(f"wrote {options.out}")
+    return 0
 
 
 def draw(path: Path, content: dict[str, Any]) -> None:
@@ -28,11 +55,22 @@ def draw(path: Path, content: dict[str, Any]) -> None:
     commit = (content["commit"] or "unknown")[:10] + (" + changes" if content["dirty"] else "")
     title = f"a training step, measured: {content['device']['name']}, commit {commit}, {content['date'][:10]}"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    kinds = {GREY: "the released loop", BLUE: "it, each lever with those above", GREEN: "our step"}
+    kinds = {
+        GREY: "the released loop",
+        BLUE: "it, each lever with those above",
+        ORANGE: "it on transformers' Segformer",
+        GREEN: "our step",
+    }
     handles = [Patch(color=colour, label=kind) for colour, kind in kinds.items()]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _colour(name: str) -> str:
+    if name in (RELEASED, AUTOCAST):
+        return GREY
+    return BLUE if name in LOOP else ORANGE if name in PLAIN else GREEN
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -48,7 +86,7 @@ def _bars(axes: Axes, size: str, rows: list[dict[str, Any]]) -> None:
         [time - row["step_us"]["p20"] / 1e3 for time, row in zip(times, rows, strict=True)],
         [end - time for time, end in zip(times, ends, strict=True)],
     ]
-    colours = [GREY if row["name"] in (RELEASED, AUTOCAST) else BLUE if row["name"] in LOOP else GREEN for row in rows]
+    colours = [_colour(row["name"]) for row in rows]
     places = range(len(rows))
     axes.barh(places, times, xerr=spread, color=colours, error_kw={"linewidth": 0.8, "capsize": 2})
     for place, row, time, end in zip(places, rows, times, ends, strict=True):
@@ -63,3 +101,7 @@ def _bars(axes: Axes, size: str, rows: list[dict[str, Any]]) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.set_title(size, fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,8 +3,9 @@
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count, pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ from bench import measure
 from bench.harness import Setting, Status, describe
 from bench.measure import Timing
 from bench.peaks import Peak
-from bench.variants import LOOP, RELEASED, VARIANTS, Step, Variant, as_released
+from bench.variants import RELEASED, Step, Variant, as_released, reference_of, variants_of
 from bench.workload import STEPS, Workload
 from ssr_fast.data.batch import Batch
 
@@ -23,6 +24,11 @@ BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
 GPU_SECONDS, CPU_SECONDS = 5.0, 60.0
 """Time for a row's measurement on a GPU, and for that of all rows on a CPU."""
 WARM_UP = 5
+JUDGED = ("loss", "loss/source", "loss/mixed", "loss/cosine")
+"""Losses that are compared, those that a step has. The distance starts at nearly nothing, so that its own relative
+error says nothing; "loss" contains it."""
+LEFT_OVER = 256 * 2**20
+"""Bytes of an earlier row that a row may find on the GPU; libraries keep workspaces of tens of MB."""
 
 METHOD = {
     "gpu": "row by row; CUDA events at the borders of consecutive steps, host and device overlapping as in training; "
@@ -40,6 +46,14 @@ METHOD = {
     "ones), which get the same random numbers; float32 rows with TF32 off",
     "draws": "the timed steps of the released loop draw their random numbers themselves, as it does",
     "precision": "float32 rows are timed with TF32 products on a GPU",
+    "seconds": "all that a row took: building, judged steps, compilation, warm-up, timed steps; the first row's "
+    "with the steps by which all are judged",
+    "transformers": "transformers' SegformerModel with our weights under our DAFormer head, its default attention, "
+    "torch.optim.AdamW as it comes, else the released loop; its LayerNorm's eps set to MiT's, its stochastic depth on "
+    "the loop's random numbers, so that its losses are those of the released loop",
+    "sam": "SAM on source and mixed images in each step, random weights; the released loop has segment-anything's "
+    "encoder, a projection, a resized feature and a cosine at each of five points in eager PyTorch; ours has our own. "
+    "The encoder's FLOPs are those of attention as wide as its heads",
 }
 """How each column comes about, for the JSON."""
 
@@ -63,6 +77,8 @@ class Row:
     speedup: float | None = None
     """Median time of the released loop over this row's."""
     peak_bytes: int | None = None
+    seconds: float | None = None
+    """All that the row took; on a CPU without the timed steps, which the rows take in turn."""
     mfu: float | None = None
     """Percent."""
     losses: list[dict[str, float]] = field(default_factory=list)
@@ -81,42 +97,70 @@ class Comparison:
 
     Args:
         workload: what the steps work on.
-        names: of VARIANTS.
+        names: of its variants; all of them if None.
         setting: device and thoroughness.
         peak: the device's, or None.
+        deadline: of time.monotonic; rows that would begin later are skipped.
     """
 
-    def __init__(self, workload: Workload, names: Sequence[str], setting: Setting, peak: Peak | None) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        names: Sequence[str] | None,
+        setting: Setting,
+        peak: Peak | None,
+        deadline: float = math.inf,
+    ) -> None:
         self.workload, self.setting, self.peak, self.device = workload, setting, peak, setting.device
+        self.deadline = deadline
+        self.flops: int | None = None
+        """Of a step, counted before the first row that runs; None before, and where it could not be counted."""
+        self._counted = False
         self.batches = [batch.to(self.device) for batch in workload.batches]
         self.on_gpu = self.device.type == "cuda"
-        self.rows = {name: Row(workload.name, name, self._precision(VARIANTS[name])) for name in names}
-        self.flops = workload.flops(self.device)
+        self.variants = variants_of(workload.sam)
+        self.rows = {
+            name: Row(workload.name, name, precision_of(self.variants[name], self.on_gpu))
+            for name in names or self.variants
+        }
 
-    def run(self) -> list[Row]:
-        """Judge and time every row that runs here."""
-        judged = max(VARIANTS[name].judged for name in self.rows)
-        expected = self._losses(LOOP[RELEASED].build(self._method(), self.workload.optim, STEPS, print), judged)
+    @cached_property
+    def expected(self) -> list[dict[str, float]]:
+        """The released loop's losses, for as many steps as a row that runs here is judged by."""
+        able = [variant for variant in map(self.variants.__getitem__, self.rows) if not variant.against(self.on_gpu)]
+        step = reference_of(self.workload.sam)(self._method(), self.workload.optim, STEPS, print)
+        return self._losses(step, max((variant.judged for variant in able), default=0))
+
+    def run(self, report: Callable[[Row], None] = lambda row: None) -> list[Row]:
+        """Judge and time every row that runs here.
+
+        Args:
+            report: called with a row as soon as it is done; on a CPU its time comes later.
+        """
         ready: list[tuple[Row, Step]] = []
         for name, row in self.rows.items():
-            variant = VARIANTS[name]
-            if variant.reason and not self.on_gpu:
-                row.status, row.reasons = "skipped", [variant.reason]
-            elif step := self._ready(row, variant, expected):
+            variant, started = self.variants[name], time.monotonic()
+            if reason := variant.against(self.on_gpu):
+                row.status, row.reasons = "skipped", [reason]
+            elif started > self.deadline:
+                row.status, row.reasons = "skipped", ["the time that --minutes gives was over"]
+            elif step := self._ready(row, variant):
                 ready.append((row, step))
+            row.seconds = time.monotonic() - started
+            self._enter_rates(row)
+            report(row)
         if ready:
             self._time_in_turns(ready)
         for row in self.rows.values():
             self._enter_rates(row)
         return list(self.rows.values())
 
-    def _ready(self, row: Row, variant: Variant, expected: Sequence[dict[str, float]]) -> Step | None:
+    def _ready(self, row: Row, variant: Variant) -> Step | None:
         """Build and judge a row; on a GPU time it too, its nets alone on the device, and on a CPU return its step."""
         try:
-            if self.on_gpu:
-                gc.collect()
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(self.device)
+            self._count(row)
+            expected = self.expected
+            self._clear(row)
             step = variant.build(self._method(), self.workload.optim, STEPS, row.notes.append)
             row.losses = self._losses(step, variant.judged)
             judge(row, expected, BOUNDS["bf16" if variant.bfloat16 else "fp32"])
@@ -124,22 +168,45 @@ class Comparison:
                 row.status, row.reasons = "error", [*row.reasons, *row.notes]
             as_released(step)
             if self.on_gpu:
-                _allow_tf32(row.precision == "tf32")
+                allow_tf32(row.precision == "tf32")
                 self._time_on_gpu(row, step)
                 row.peak_bytes = torch.cuda.max_memory_allocated(self.device)
                 return None
             row.peak_bytes = cpu_peak_bytes(step, self.batches[0], WARM_UP)
             return step
         except torch.OutOfMemoryError as error:
-            row.status, row.reasons = "skipped", [f"out of memory: {describe(error)}"]
+            where = "" if "expected" in vars(self) else " in the released loop's steps, which all rows are judged by"
+            row.status, row.reasons = "skipped", [f"out of memory{where}: {describe(error)}"]
         except Exception as error:  # the row shows it and the exit code tells; the others are still measured
             row.status, row.error = "error", describe(error)
         finally:
-            _allow_tf32(False)
+            allow_tf32(False)
         return None
 
+    def _count(self, row: Row) -> None:
+        """Count the FLOPs of a step, before anything else is on the device; rows do without if that fails."""
+        if self._counted:
+            return
+        self._counted = True
+        try:
+            self.flops = self.workload.flops(self.device)
+        except Exception as error:  # told in the row; what was to be measured does not depend on it
+            row.notes.append(f"no MFU: counting the FLOPs of a step failed: {describe(error)}")
+
+    def _clear(self, row: Row) -> None:
+        """Nothing of an earlier row may stand in the GPU's memory, also not of one that has failed."""
+        if not self.on_gpu:
+            return
+        gc.collect()  # blocks and the steps that they are patched with hold each other
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        own = sum(tensor.nbytes for batch in self.batches for tensor in batch.parts().values())
+        left = torch.cuda.memory_allocated(self.device) - own
+        if left > LEFT_OVER:
+            row.notes.append(f"{left / 1e6:.0f} MB of an earlier row were still allocated: its memory contains them")
+
     def _method(self) -> Any:
-        _allow_tf32(False)
+        allow_tf32(False)
         return self.workload.method(self.device)
 
     def _losses(self, step: Step, steps: int) -> list[dict[str, float]]:
@@ -179,17 +246,19 @@ class Comparison:
             row.step_us, row.samples = Timing.of(samples[row.name]), len(samples[row.name])
 
     def _enter_rates(self, row: Row) -> None:
-        if row.step_us is None:
+        if row.step_us is None or row.status == "skipped":
             return
         seconds = row.step_us.median / 1e6
         row.images_per_second = self.workload.images / seconds
         base = self.rows.get(RELEASED)
         row.speedup = base.step_us.median / row.step_us.median if base and base.step_us else None
-        if self.peak is not None:
+        if self.peak is not None and self.flops is not None:
             row.mfu = 100 * self.flops / seconds / float(getattr(self.peak, row.precision))
 
-    def _precision(self, variant: Variant) -> str:
-        return "bf16" if variant.bfloat16 else "tf32" if self.on_gpu else "fp32"
+
+def precision_of(variant: Variant, on_gpu: bool) -> str:
+    """Of the products in a row's timed steps."""
+    return "bf16" if variant.bfloat16 else "tf32" if on_gpu else "fp32"
 
 
 def loss_terms(terms: Mapping[str, Any]) -> dict[str, float]:
@@ -198,11 +267,10 @@ def loss_terms(terms: Mapping[str, Any]) -> dict[str, float]:
 
 
 def judge(row: Row, expected: Sequence[dict[str, float]], bound: float) -> None:
-    """Enter the largest relative difference of "loss" and its large parts; beyond the bound the row is wrong."""
+    """Enter the largest relative difference of a loss of JUDGED; beyond the bound the row is wrong."""
     row.bound, row.loss_error = bound, 0.0
     for found, right in zip(row.losses, expected, strict=False):
-        # the distance starts at nearly nothing, its own relative error says nothing; "loss" contains it
-        for name in ("loss", "loss/source", "loss/mixed"):
+        for name in JUDGED if "loss/cosine" in right else JUDGED[:3]:
             error = abs(found[name] - right[name]) / (abs(right[name]) or 1.0)
             row.loss_error = max(row.loss_error, error if math.isfinite(error) else math.inf)
     if not row.loss_error <= bound:
@@ -231,6 +299,7 @@ def _event() -> torch.cuda.Event:
     return event
 
 
-def _allow_tf32(allowed: bool) -> None:
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products may be rounded to TF32 from now on."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed

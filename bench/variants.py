@@ -1,5 +1,9 @@
-"""Ways to take the same step: the released loop, it with one lever after another, and ours."""
+"""Ways to take the same step: the released loop, it with one lever after another, on transformers' net, and ours.
 
+All of them for self-training, and with SAM online for SSR. Rows that torch.compile takes a minute for come last.
+"""
+
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +12,8 @@ from torch import Tensor
 
 from bench import released
 from bench.draws import CounterDraws, HostDraws
+from bench.huggingface import TransformersStep
+from bench.released_ssr import ReleasedSsrStep
 from ssr_fast.data.batch import Batch
 from ssr_fast.engine.graphs import WARM_UP, on_cuda
 from ssr_fast.engine.optim import OptimConfig
@@ -15,6 +21,8 @@ from ssr_fast.engine.parallel import wrap
 from ssr_fast.engine.run_config import RunConfig
 from ssr_fast.engine.step import TrainStep
 from ssr_fast.methods.self_training import SelfTraining
+from ssr_fast.methods.ssr import Ssr
+from ssr_fast.models.sam import SHAPES
 
 Step = Callable[[Batch, int], Mapping[str, float | Tensor]]
 """(batch, number of the step) -> terms of the log, "loss" among them."""
@@ -29,7 +37,31 @@ def released_loop(
     method: SelfTraining, optim: OptimConfig, steps: int, report: Report, levers: int = 0, autocast: bool = False
 ) -> Step:
     """The released loop with the first `levers` levers pulled, on the random numbers of ours; see `as_released`."""
-    step = released.ReleasedStep(method, optim, steps, released.LEVERS[:levers])
+    return _on_our_numbers(released.ReleasedStep(method, optim, steps, released.LEVERS[:levers]), autocast)
+
+
+def transformers_loop(
+    method: SelfTraining, optim: OptimConfig, steps: int, report: Report, autocast: bool = False
+) -> Step:
+    """The same loop on transformers' Segformer."""
+    return _on_our_numbers(TransformersStep(method, optim, steps), autocast)
+
+
+def ssr_loop(
+    method: SelfTraining,
+    optim: OptimConfig,
+    steps: int,
+    report: Report,
+    sam: str,
+    autocast: bool = False,
+    one_by_one: bool = False,
+) -> Step:
+    """The released loop with segment-anything's encoder (of SHAPES) on top; one_by_one: see ReleasedSsrStep."""
+    assert isinstance(method, Ssr)
+    return _on_our_numbers(ReleasedSsrStep(method, SHAPES[sam], optim, steps, one_by_one), autocast)
+
+
+def _on_our_numbers(step: released.ReleasedStep, autocast: bool) -> Step:
     step.draws = CounterDraws()
     return _Autocast(step) if autocast else step
 
@@ -81,11 +113,21 @@ class Variant:
     """Steps of which the losses are compared."""
     said: str = ""
     """A part of the message without which it did not do what it is named after."""
+    needs: str = ""
+    """A package without which it does not run."""
+
+    def against(self, on_gpu: bool) -> str:
+        """Why it does not run here; empty if it does."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"{self.needs} is not installed (the [dev] extra brings it)"
+        return "" if on_gpu else self.reason
 
 
 RELEASED, AUTOCAST = "released loop", "released loop, autocast"
+TRANSFORMERS = "transformers' Segformer, plain loop"
 ONE_PASS, BFLOAT16 = "one pass, one backward", "bf16"
 GRAPH, COMPILED = "bf16, CUDA graph", "bf16, compiled blocks"
+COMPILED_GRAPH = f"{COMPILED}, CUDA graph"
 
 LOOP: dict[str, Variant] = {
     RELEASED: Variant(released_loop),
@@ -94,23 +136,63 @@ LOOP: dict[str, Variant] = {
 }
 """The released loop, and it with the levers one after another, each with those before it."""
 
+PLAIN: dict[str, Variant] = {
+    TRANSFORMERS: Variant(transformers_loop, needs="transformers"),
+    f"{TRANSFORMERS}, autocast": Variant(
+        partial(transformers_loop, autocast=True), bfloat16=True, reason=GPU_ONLY, needs="transformers"
+    ),
+}
+"""The released loop on transformers' Segformer."""
+
+
+def _graphed(compiled: bool) -> Variant:
+    return Variant(
+        partial(ours, precision="bf16", compiled=compiled, graph=True),
+        bfloat16=True,
+        reason=GPU_ONLY,
+        judged=WARM_UP + 2,  # the eager steps, and two that replay
+        said="replay a CUDA graph",
+    )
+
+
+_LEAN: dict[str, Variant] = {
+    GRAPH: _graphed(compiled=False),
+    COMPILED: Variant(partial(ours, precision="bf16", compiled=True), bfloat16=True, reason=GPU_ONLY),
+    COMPILED_GRAPH: _graphed(compiled=True),
+}
+
 OURS: dict[str, Variant] = {
     ONE_PASS: Variant(ours),
     "blocks computed again": Variant(partial(ours, recompute=True)),
     BFLOAT16: Variant(partial(ours, precision="bf16"), bfloat16=True),
     "bf16, blocks computed again": Variant(partial(ours, precision="bf16", recompute=True), bfloat16=True),
-    COMPILED: Variant(partial(ours, precision="bf16", compiled=True), bfloat16=True, reason=GPU_ONLY),
-    **{
-        name: Variant(
-            partial(ours, precision="bf16", compiled=compiled, graph=True),
-            bfloat16=True,
-            reason=GPU_ONLY,
-            judged=WARM_UP + 2,  # the eager steps, and two that replay
-            said="replay a CUDA graph",
-        )
-        for name, compiled in ((GRAPH, False), (f"{COMPILED}, CUDA graph", True))
-    },
+    **_LEAN,
 }
 """Our step."""
 
-VARIANTS = {**LOOP, **OURS}
+VARIANTS = {**LOOP, **PLAIN, **OURS}
+
+
+def ssr_variants(sam: str) -> dict[str, Variant]:
+    """The rows with SAM online, of the same names where they are the same lever.
+
+    Args:
+        sam: one of SHAPES.
+    """
+    return {
+        RELEASED: Variant(partial(ssr_loop, sam=sam)),
+        AUTOCAST: Variant(partial(ssr_loop, sam=sam, autocast=True), bfloat16=True, reason=GPU_ONLY),
+        ONE_PASS: VARIANTS[ONE_PASS],
+        BFLOAT16: VARIANTS[BFLOAT16],
+        **{name: VARIANTS[name] for name in _LEAN},
+    }
+
+
+def variants_of(sam: str) -> dict[str, Variant]:
+    """The rows with SAM of that name online, or, where it is empty, without SAM."""
+    return ssr_variants(sam) if sam else VARIANTS
+
+
+def reference_of(sam: str) -> Build:
+    """The loop whose losses are right: the released one."""
+    return partial(ssr_loop, sam=sam, one_by_one=True) if sam else LOOP[RELEASED].build

@@ -77,7 +77,7 @@ def step_time(results: Path, batch: int, crop: int) -> Input:
     """A step of one GPU, milliseconds: the newest measurement in `results`, else the prediction.
 
     Args:
-        results: folder with <device>/step.json, which `python -m bench step --json` writes.
+        results: folder with <device>/step*.json, which `python -m bench step --json` writes.
         batch: images a domain.
         crop: side of the crop.
 
@@ -85,7 +85,7 @@ def step_time(results: Path, batch: int, crop: int) -> Input:
         BadInput: neither is there, or a file cannot be read.
     """
     size = f"MiT-B5, {batch}+{batch}@{crop}"
-    found = [made for path in sorted(results.glob("*/step.json")) if (made := _measured_step(path, size))]
+    found = [made for path in sorted(results.glob("*/step*.json")) if (made := _measured_step(path, size))]
     if found:
         return max(found, key=lambda one: one[0])[1]
     if (batch, crop) in PREDICTED_MS:

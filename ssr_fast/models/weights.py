@@ -305,11 +305,11 @@ def save_hf(
     Raises:
         UserError: the folder cannot be written.
     """
-    data = {**_hf_config(segmentor, meta.get("classes") or {}), "ssr_fast": dict(meta)}
+    data = {**hf_config(segmentor, meta.get("classes") or {}), "ssr_fast": dict(meta)}
     _save(Path(folder), from_native(segmentor.state_dict(), "hf", report), data)
 
 
-def _hf_config(segmentor: Segmentor, classes: Mapping[str, Any]) -> dict[str, Any]:
+def hf_config(segmentor: Segmentor, classes: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' SegformerConfig of a network, as the entries of its config.json."""
     config, shape = segmentor.config, segmentor.backbone.shape
     whole = config.head == "segformer"

@@ -109,9 +109,9 @@ def test_each_case_is_written_to_the_file_of_its_benchmark(monkeypatch, tmp_path
 def test_without_time_the_rest_is_left_out_by_name(monkeypatch, tmp_path, capsys):
     seen = states(monkeypatch, tmp_path)
     monkeypatch.setattr(command, "BENCHES", (fake(),))
-    assert command.main(["--quick", "--device", "cpu", "--json", "--within", "0"]) == 0
+    assert command.main(["--quick", "--device", "cpu", "--json", "--minutes", "0"]) == 0
     assert seen == [("fake.json", False, ["fake middle", "fake large"], 1)]
-    assert "would not have ended within 0 s: fake middle; fake large" in capsys.readouterr().out
+    assert "not to be done within 0 minutes: fake middle; fake large" in capsys.readouterr().out
 
 
 def test_a_lost_device_ends_the_run_and_fails(monkeypatch, tmp_path, capsys):

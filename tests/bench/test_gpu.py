@@ -146,7 +146,7 @@ def test_every_benchmark_of_the_kernels_is_a_step():
     assert {bench.name for bench in BENCHES} <= {words[3] for words in commands}
     for words in commands:
         if words[3].startswith("kernels."):
-            assert words[4:] == ["--json", "--within", "75"]
+            assert words[4:] == ["--json", "--minutes", "1.25"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these steps run")

@@ -26,7 +26,7 @@ def everything():
         "kernels.align": made_up.align(),
         "tests": made_up.tests(["passed"] * 8 + ["failed", "error", "skipped"]),
         "sanitize-memcheck": made_up.document([made_up.kernel("a", "b", "triton", 1.0)], **sanitizer),
-        "step": made_up.document(steps, complete=False),
+        "step-2-512": made_up.document(steps, complete=False),
         "sam": made_up.document(sam),
         "loader": made_up.document(loader),
     }

@@ -31,13 +31,14 @@ from bench.workload import STEPS, demo_workload
 from ssr_fast.engine.step import TrainStep
 from ssr_fast.methods.method import Method
 from ssr_fast.presets import demo
+from tests.bench.teaching import teach
 from tests.engine.test_graphs import graphed
 
 LOSS_BOUND, WEIGHT_BOUND = 1e-5, 1e-4
 SOURCE_ONLY = 75
 CPU = torch.device("cpu")
-NAMES = [name for name, variant in VARIANTS.items() if not variant.bfloat16 and not variant.reason]
-"""Everything in float32."""
+NAMES = [name for name, variant in {**LOOP, **OURS}.items() if not variant.bfloat16 and not variant.reason]
+"""Everything in float32 that has our networks (tests/bench/test_huggingface.py: transformers')."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,13 +86,7 @@ def curve(workload, variant, steps, change=None, taught=None):
     method = workload.method(CPU)
     if change:
         change(method)
-    logits, losses = [], []
-
-    def teach(module, inputs, output):
-        logits.append(output.logits.detach().clone())  # keeps the memory's order, on which rounding depends
-        return dataclasses.replace(output, logits=taught[len(logits) - 1].clone()) if taught else output
-
-    method.teacher.net.register_forward_hook(teach)
+    logits, losses = teach(method, taught), []
     step = variant.build(method, workload.optim, STEPS, print)
     for number in range(steps):
         terms = step(workload.batches[number % len(workload.batches)], number)

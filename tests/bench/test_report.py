@@ -64,7 +64,7 @@ def test_a_measurement_stands_beside_its_prediction(results, capsys):
     other_size = made_up.step_row("bf16, CUDA graph", 7.0, size="MiT-B5, 8+8@1024")
     wrong = made_up.step_row("bf16", 1.0, status="wrong")
     untimed = Row("MiT-B5, 2+2@512", "released loop", "tf32")
-    put(results, "step", made_up.document([graph, other_size, wrong, untimed], complete=False))
+    put(results, "step-2-512", made_up.document([graph, other_size, wrong, untimed], complete=False))
     sam = [made_up.sam_row("ours mask bf16", 28.0, batch=4), made_up.sam_row("ours flex bf16", 21.0, batch=4)]
     put(results, "sam", made_up.document([*sam, made_up.sam_row("ours mask bf16", 1.0, batch=1)]))
     floor = made_up.kernel("kernels.align", "B=2 crop=512", "triton", 100.0, 56.0)
@@ -73,7 +73,10 @@ def test_a_measurement_stands_beside_its_prediction(results, capsys):
     assert command.main(["report", "--write"]) == 0
     text = report.PAGE.read_text()
     assert "## NVIDIA H100 80GB HBM3" in text and "tests" not in text.split("###")[0].replace("bench/results", "")
-    assert "step: 2027-01-02, driver 570.1, torch 2.11.0, triton 3.6.0, cuda 13.0, commit abc123def456; cut off" in text
+    assert (
+        "step-2-512: 2027-01-02, driver 570.1, torch 2.11.0, triton 3.6.0, cuda 13.0, commit abc123def456; cut off"
+        in text
+    )
     lines = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]]
         for line in text.splitlines()
