@@ -73,8 +73,9 @@ def run_dwconv(inputs: Inputs) -> Outputs:
     x, *others = inputs.leaves.values()
     grads, wanted = list(inputs.constants.values()), [True] * len(inputs.leaves)
     if "bias" in inputs.leaves:
-        outs = [dwconv.gelu_forward(x, *others)]
-        gradients = dwconv.gelu_backward(grads[0], x, *others, wanted)
+        weight, bias = others
+        outs = [dwconv.gelu_forward(x, weight, bias)]
+        gradients = dwconv.gelu_backward(grads[0], x, weight, bias, wanted)
     else:
         outs = dwconv.dilated_forward(x, others, dwconv_bench.DILATIONS)
         gradients = dwconv.dilated_backward(grads, x, others, dwconv_bench.DILATIONS, wanted)
@@ -96,16 +97,17 @@ def run_segloss(inputs: Inputs) -> Outputs:
     logits, labels, weights = inputs.leaves["logits"], inputs.constants["labels"], inputs.constants["weights"]
     loss, lse = segloss.forward(logits, labels, weights, segloss_bench.IGNORE)
     gradient = segloss.backward(torch.ones_like(loss), logits, labels, weights, lse, segloss_bench.IGNORE)
-    pseudo, confidence, count = segloss.pseudo_label(logits, *labels.shape[1:], SURE)
+    height, width = labels.shape[1:]
+    pseudo, confidence, count = segloss.pseudo_label(logits, height, width, SURE)
     return {"loss": loss, "logits": gradient, "pseudo": pseudo, "confidence": confidence, "count": count}
 
 
 def exact_segloss(inputs: Inputs) -> Outputs:
     """The definition in float64."""
-    logits, size = inputs.leaves["logits"].detach().double(), inputs.constants["labels"].shape[1:]
-    names = ("pseudo", "confidence", "count")
-    found = dict(zip(names, segloss_forms.pseudo_label(logits, *size, SURE), strict=True))
-    return {**segloss_bench.exact(inputs), **{name: value.double() for name, value in found.items()}}
+    height, width = inputs.constants["labels"].shape[1:]
+    found = segloss_forms.pseudo_label(inputs.leaves["logits"].detach().double(), height, width, SURE)
+    labels = dict(zip(("pseudo", "confidence", "count"), (value.double() for value in found), strict=True))
+    return {**segloss_bench.exact(inputs), **labels}
 
 
 def _align(dtype: torch.dtype, *sizes: tuple[int, int, bool]) -> tuple[Case, ...]:

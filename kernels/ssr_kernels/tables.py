@@ -28,13 +28,11 @@ Row = dict[str, Any]
 """{kernel: Blocks or a list of Blocks}."""
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """The section of a device, such as "sm_90"; "default" where no kernel is compiled. Reads nothing from the GPU."""
-    return DEFAULT if device.type != "cuda" or interpreted() else _capability(device)
-
-
-@cache
-def _capability(device: torch.device) -> str:
+    if device.type != "cuda" or interpreted():
+        return DEFAULT
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
@@ -102,7 +100,7 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
 
 def _wrong_blocks(where: str, found: Any, base: Any, whole: bool) -> Iterator[str]:
     """What is wrong with the blocks of one kernel; `whole`: they are those of the default section."""
-    if isinstance(found, list) != isinstance(base, list) or not found:
+    if isinstance(found, list) != isinstance(base, list) or found == []:
         yield f"{where} must be {'a list of blocks' if isinstance(base, list) else 'one set of blocks'}"
         return
     known = set(base[0] if isinstance(base, list) else base)

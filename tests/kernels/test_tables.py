@@ -121,14 +121,15 @@ def test_the_section_is_that_of_the_tensors_device(monkeypatch):
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-    tables._capability.cache_clear()
+    tables.architecture.cache_clear()
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     assert [tables.architecture(d) for d in (first, second, first, first)] == ["sm_90", "sm_120", "sm_90", "sm_90"]
     assert asked == [first, second]  # once each
     assert tables.architecture(torch.device("cpu")) == tables.architecture(torch.device("meta")) == "default"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    tables.architecture.cache_clear()
     assert tables.architecture(first) == "default"
-    tables._capability.cache_clear()
+    tables.architecture.cache_clear()
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -161,12 +162,12 @@ def test_each_op_reads_the_section_of_its_architecture(op, monkeypatch):
 def test_reading_a_table_is_nothing_to_a_tracer(monkeypatch):
     """No operator, so no kernel and no sync: reading is the same under capture."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    tables._capability.cache_clear()
+    tables.architecture.cache_clear()
 
     def function(x):
         dwconv.configs(torch.device("cuda", 0))
         return x + 1
 
     names = [str(node.target) for node in make_fx(function)(torch.ones(2)).graph.nodes if node.op == "call_function"]
-    tables._capability.cache_clear()
+    tables.architecture.cache_clear()
     assert names == ["aten.add.Tensor"]
