@@ -237,7 +237,7 @@ def _content(
     ]
     changes = {op: shipped.difference(old[op], new[op]) for op in new}
     method = {
-        "kernels": "torch.profiler's CUDA events, L2 flushed before each run, tables in turn",
+        "kernels": "torch.profiler's kernel events, or CUDA events around each launch; L2 flushed, tables in turn",
         "overall": "do_bench",
     }
     return {"architecture": section, "changes": changes, "rows": groups, "failed": list(failed), "method": method}

@@ -258,6 +258,55 @@ def test_a_spilling_kernel_is_named_but_the_present_table_may(monkeypatch):
     assert rig.fault(case, {}, may_spill=True) == ""
 
 
+def test_without_a_profiler_events_stand_around_each_launch(monkeypatch, capsys):
+    """A clock that each launch advances by what its table says."""
+    from triton.runtime.jit import JITFunction
+
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def launch(self, *, grid, warmup):
+        blocks = shipped.table("any", "any")["r"]
+        clock[0] += blocks[grid]["BM"] / 1e3
+        return SimpleNamespace(name=grid, n_spills=0)
+
+    def run(inputs):
+        for kernel in ("a", "b", "a"):
+            clock[0] += 1e6  # other work on the device
+            JITFunction.run(None, grid=kernel, warmup=False)
+        return {}
+
+    class Nothing:
+        def __init__(self, **options): ...
+        def __enter__(self): ...
+        def __exit__(self, *error): ...
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("torch.profiler.profile", Nothing)
+    monkeypatch.setattr(device, "_events", lambda profiler: [{"cat": "cpu_op", "name": "a"}])
+    monkeypatch.setattr(device, "FLUSH_BYTES", 1)
+    case = SimpleNamespace(name="c", make=lambda device, seed: ops.Inputs({}, {}), exact=lambda inputs: {})
+    a, b = Knob("r", "a"), Knob("r", "b")
+    rig = device.DeviceRig(ops.Tunable(run, ()), [a, b], torch.device("cpu"), rounds=2)
+    tables = [{"r": {"a": {"BM": 16}, "b": {"BM": size}}} for size in (16, 64)]
+    for _ in range(2):
+        first, second = rig.times(case, tables)
+        assert first[a] == second[a] == pytest.approx([32, 32])
+        assert first[b] == pytest.approx([16, 16]) and second[b] == pytest.approx([64, 64])
+    assert capsys.readouterr().out.count("the profiler records no kernel here") == 1
+
+
 # ---- compiling ahead ----
 
 AHEAD = """
@@ -324,11 +373,11 @@ def test_a_section_is_written_and_read_back(files):
     assert (files / "dwconv.json").read_bytes() == before
     changed = Knob("maps", "gelu_backward", 1).put(table, {"TW": 32, "BC": 16, "num_warps": 4, "STAGES": 2})
     changed = Knob("maps", "tap_sums").put(changed, {"BS": 64, "BC": 32, "num_warps": 8})
-    for _ in range(2):
-        written = tables.write("dwconv", "sm_90", changed, {"device": "an H100", "commit": "abc"})
+    for device_name in ("an H100", "a later one"):
+        written = tables.write("dwconv", "sm_90", changed, {"device": device_name, "commit": "abc"})
         shipped.table.cache_clear()
         assert shipped.table("dwconv", "sm_90") == changed and shipped.table("dwconv", "sm_80") == table
-    assert not written  # the second time nothing changed
+    assert not written  # the second time nothing changed, so neither does where it comes from
     text = (files / "dwconv.json").read_text()
     assert text.startswith(before.decode().removesuffix("\n}\n"))
     assert text.endswith(
