@@ -16,7 +16,11 @@ from bench.tune import ahead, device, ops, search, tables
 from bench.tune.candidates import CANDIDATES
 from bench.tune.search import Knob
 from ssr_kernels import tables as shipped
+from tests.bench.tune_interpreter import CASES as INTERPRETED
+from tests.bench.tune_interpreter import ROWS
 from tests.kernels.interpreter import interpret
+
+GELU = ("gelu_forward", "gelu_backward")
 
 TABLE = {
     "r": {"a": {"BM": 16, "num_warps": 4}, "b": {"BM": 16}, "l": [{"TW": 8, "BC": 16}, {"TW": 16, "BC": 16}]},
@@ -188,6 +192,40 @@ def test_a_trial_has_the_tables_own_blocks_first_and_nothing_twice():
         {"BM": 16, "num_warps": 8},
     ]
     assert search.with_trial(table, trials, 9) == table
+
+
+# ---- the ops ----
+
+
+@pytest.mark.parametrize("op", CANDIDATES)
+def test_what_is_run_of_an_op_launches_every_kernel_of_its_table(op, monkeypatch):
+    """On meta tensors, as where it is compiled ahead."""
+    from triton.runtime.jit import JITFunction
+
+    names = set()
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, **named: names.add(self.fn.__name__))
+    for case in INTERPRETED[op]:
+        ops.tunables()[op].run(ops.meta_inputs(ops.shapes_of(case.make(torch.device("cpu"), 0))))
+    assert names == {kernel for row in ROWS[op] for kernel in CANDIDATES[op][row]}
+
+
+def test_the_groups_have_every_row_once():
+    for op, tunable in ops.tunables().items():
+        assert sorted(row for group in tunable.groups for row in group.rows) == sorted(CANDIDATES[op])
+        names = [case.name for group in tunable.groups for case in group.cases]
+        assert len(set(names)) == len(names)
+
+
+def test_the_maps_of_dwconv_use_every_entry_that_has_candidates():
+    tunable = ops.tunables()["dwconv"]
+    used = set()
+    for case in tunable.groups[0].cases:
+        x = torch.empty([case.sizes[name] for name in ("batch", "height", "width", "channels")], device="meta")
+        kernels = ("dilated_forward", "dilated_dx", "dilated_dw") if case.name.startswith("dilated") else GELU
+        used |= {Knob("maps", kernel, tunable.place(kernel, ops.Inputs({"x": x}, {}))) for kernel in kernels}
+    assert used == set(search.trials_of(shipped.table("dwconv", "default"), CANDIDATES["dwconv"])) - {
+        Knob("maps", "tap_sums")
+    }
 
 
 # ---- the rig, in Triton's interpreter ----
