@@ -44,6 +44,10 @@ COMMANDS = {
     "loader": ("bench.loader", "input pipelines: torchvision's and ours, samples a second, CPU time, memory"),
     "overhead": ("bench.overhead", "guard and checkpoints: their share of a training step, on the CPU's demo"),
     "report": ("bench.report", "predictions beside measurements: the page docs/performance.md"),
+    "tune": (
+        "bench.tune.__main__",
+        "block sizes of the Triton kernels: tries others on this GPU, writes them if asked to",
+    ),
     "sam": ("bench.sam", "encoders of SAM: segment-anything's, compiled, transformers', ours in each form"),
 }
 """What has a command line of its own (python -m bench NAME --help): its module, and about what it is."""

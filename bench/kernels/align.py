@@ -181,7 +181,8 @@ def exact(inputs: Inputs) -> Outputs:
     return {"loss": loss, **gradients}
 
 
-def _case(name: str, shape: Shape, dtype: torch.dtype, **sizes: int) -> Case:
+def make_case(name: str, shape: Shape, dtype: torch.dtype, **sizes: int) -> Case:
+    """The case of a shape; `sizes` are what else its JSON says."""
     sizes = {**sizes, "points": len(shape.grids), "target_grid": shape.target_grid[0], "target_width": WIDTH}
     work = (floor(shape, dtype.itemsize), least(shape, dtype.itemsize))
     return Case(name, sizes, dtype, partial(make, shape, dtype), exact, *work)
@@ -196,7 +197,7 @@ def cases(setting: Setting) -> list[Case]:
     for head in (False, True):
         for batch, crop in sizes:
             name = f"B={batch} crop={crop}" + (" +head" if head else "")
-            found.append(_case(name, Shape.of_crop(batch, crop, head), dtype, batch=batch, crop=crop))
+            found.append(make_case(name, Shape.of_crop(batch, crop, head), dtype, batch=batch, crop=crop))
     return found
 
 
@@ -209,7 +210,7 @@ def odd_cases(setting: Setting) -> list[Case]:
         "masks": Shape(3, ((11, 7), (5, 9)), (128, 256), (8, 8), valid=True),
     }
     dtypes = (torch.float32,) if setting.device.type == "cpu" else (torch.float32, torch.bfloat16)
-    return [_case(f"{name} {dtype}", shape, dtype) for name, shape in shapes.items() for dtype in dtypes]
+    return [make_case(f"{name} {dtype}", shape, dtype) for name, shape in shapes.items() for dtype in dtypes]
 
 
 def _eager(task: Task) -> Pair:

@@ -61,7 +61,8 @@ def exact(inputs: Inputs) -> Outputs:
     return {"loss": loss, "x": gradient}
 
 
-def _case(n: int, width: int, dtype: torch.dtype) -> Case:
+def make_case(n: int, width: int, dtype: torch.dtype) -> Case:
+    """The case of n rows."""
     product, traffic = 2 * n * n * width, n * width * dtype.itemsize
     floor, least = Work(5 * traffic + 60 * n, 3 * product), Work(2 * traffic, 2 * product)
     return Case(f"n={n}", {"n": n, "width": width}, dtype, partial(make, n, width, dtype), exact, floor, least)
@@ -71,13 +72,13 @@ def cases(setting: Setting) -> list[Case]:
     """On a GPU bf16 rows of a training step and far beyond; on a CPU a few float32 ones."""
     on_gpu = setting.device.type == "cuda"
     sizes = (GPU_ROWS if on_gpu else CPU_ROWS)[: 1 if setting.quick else None]
-    return [_case(n, WIDTH if on_gpu else 64, torch.bfloat16 if on_gpu else torch.float32) for n in sizes]
+    return [make_case(n, WIDTH if on_gpu else 64, torch.bfloat16 if on_gpu else torch.float32) for n in sizes]
 
 
 def odd_cases(setting: Setting) -> list[Case]:
     """Rows and widths that no block fits."""
     dtypes = (torch.float32,) if setting.device.type == "cpu" else (torch.float32, torch.bfloat16)
-    return [_case(n, width, dtype) for n, width in ((333, 200), (65, 24)) for dtype in dtypes]
+    return [make_case(n, width, dtype) for n, width in ((333, 200), (65, 24)) for dtype in dtypes]
 
 
 def _arguments(task: Task) -> tuple[Any, ...]:

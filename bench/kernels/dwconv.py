@@ -89,7 +89,8 @@ def exact(call: Callable[[Inputs], Sequence[Tensor]], inputs: Inputs) -> Outputs
     return _as_pair(partial(call, double), double).both()
 
 
-def _case(batch: int, height: int, width: int, channels: int, dtype: torch.dtype, branches: int = 0) -> Case:
+def make_case(batch: int, height: int, width: int, channels: int, dtype: torch.dtype, branches: int = 0) -> Case:
+    """The case of a map; without branches that of the convolution with the GELU."""
     shape, count = (batch, height, width, channels), batch * height * width * channels
     passes = 2 * branches + 3 if branches else 5
     flops = 2 * 9 * 3 * count * (branches or 1)
@@ -103,10 +104,10 @@ def _case(batch: int, height: int, width: int, channels: int, dtype: torch.dtype
 def cases(branches: int, setting: Setting) -> list[Case]:
     """On a GPU bf16 maps of MiT-B5 or of its head; on a CPU small float32 ones."""
     if setting.device.type != "cuda":
-        found = [_case(batch, size, size, c, torch.float32, branches) for batch, size, c in CPU_MAPS]
+        found = [make_case(batch, size, size, c, torch.float32, branches) for batch, size, c in CPU_MAPS]
     else:
         found = [
-            _case(batch, size * crop // 512, size * crop // 512, channels, torch.bfloat16, branches)
+            make_case(batch, size * crop // 512, size * crop // 512, channels, torch.bfloat16, branches)
             for batch, crop in GPU_BATCHES
             for size, channels in (HEAD if branches else STAGES)
         ]
@@ -116,7 +117,7 @@ def cases(branches: int, setting: Setting) -> list[Case]:
 def odd_cases(branches: int, setting: Setting) -> list[Case]:
     """Maps that no block fits."""
     dtypes = (torch.float32,) if setting.device.type == "cpu" else (torch.float32, torch.bfloat16)
-    return [_case(*shape, dtype, branches) for shape in ODD_MAPS for dtype in dtypes]
+    return [make_case(*shape, dtype, branches) for shape in ODD_MAPS for dtype in dtypes]
 
 
 def _provided(call: Callable[..., Sequence[Tensor]], function: Callable[..., object], task: Task) -> Pair:

@@ -66,7 +66,8 @@ def exact(inputs: Inputs) -> Outputs:
     return {"loss": loss, "logits": gradient}
 
 
-def _case(shape: tuple[int, int, int, int], size: tuple[int, int], dtype: torch.dtype) -> Case:
+def make_case(shape: tuple[int, int, int, int], size: tuple[int, int], dtype: torch.dtype) -> Case:
+    """The case of logits [B, h, w, K] and labels of `size`."""
     batch, h, w, classes = shape
     pixels, traffic = batch * size[0] * size[1], batch * h * w * classes * dtype.itemsize
     name = f"B={batch} {h}x{w} to {size[0]}x{size[1]}, {classes} classes"
@@ -81,7 +82,7 @@ def cases(setting: Setting) -> list[Case]:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     sizes = (GPU_SIZES if on_gpu else CPU_SIZES)[: 1 if setting.quick else None]
     return [
-        _case((batch, height // STRIDE, width // STRIDE, classes), (height, width), dtype)
+        make_case((batch, height // STRIDE, width // STRIDE, classes), (height, width), dtype)
         for batch, height, width, classes in sizes
     ]
 
@@ -89,7 +90,9 @@ def cases(setting: Setting) -> list[Case]:
 def odd_cases(setting: Setting) -> list[Case]:
     """Sizes that no block fits."""
     dtypes = (torch.float32,) if setting.device.type == "cpu" else (torch.float32, torch.bfloat16)
-    return [_case((b, h, w, k), (height, width), dtype) for b, h, w, k, height, width in ODD_SIZES for dtype in dtypes]
+    return [
+        make_case((b, h, w, k), (height, width), dtype) for b, h, w, k, height, width in ODD_SIZES for dtype in dtypes
+    ]
 
 
 def _arguments(task: Task) -> tuple[Any, ...]:

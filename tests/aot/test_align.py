@@ -1,10 +1,12 @@
 """Align's Triton kernels compiled ahead of time for GPUs that are not there: they compile, and stay within a budget."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from tests.aot.align_launches import record
-from tests.aot.triton_compile import MATRIX, problems
+from tests.aot.triton_compile import MATRIX, Launch, problems
 
 REGISTERS = {
     "direct_rows": (255, 240, 220),
@@ -25,15 +27,20 @@ PRODUCTS = set(REGISTERS) - {"gram_adjoint", "loss_sums"}
 """Kernels with a matrix product."""
 
 
+def of_kernels(kernels: tuple[str, ...], dtype: torch.dtype) -> list[Launch]:
+    """The launches of some kernels."""
+    return [launch for launch in record(dtype) if launch.kernel in kernels]
+
+
 def test_every_kernel_of_a_call_has_a_budget():
     assert {launch.kernel for launch in record(torch.bfloat16)} == set(REGISTERS)
 
 
 def test_the_hottest_kernels_on_hopper():
     """The others, and the other architectures, are among the slow tests."""
-    launches = [launch for launch in record(torch.bfloat16) if launch.kernel in ("direct_dx", "gram_rows")]
-    assert len(launches) == 2
-    assert not problems(launches, (90,), REGISTERS, PRODUCTS)
+    hottest = partial(of_kernels, ("direct_dx", "gram_rows"), torch.bfloat16)
+    assert len(hottest()) == 2
+    assert not problems(hottest, (90,), REGISTERS, PRODUCTS)
 
 
 @pytest.mark.slow
@@ -41,6 +48,5 @@ def test_the_hottest_kernels_on_hopper():
 @pytest.mark.parametrize("kernel", REGISTERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_kernel_on_every_architecture(kernel, dtype):
-    launches = [launch for launch in record(dtype) if launch.kernel == kernel]
     registers = REGISTERS if dtype == torch.bfloat16 else None
-    assert not problems(launches, tuple(MATRIX), registers, PRODUCTS)
+    assert not problems(partial(of_kernels, (kernel,), dtype), tuple(MATRIX), registers, PRODUCTS)

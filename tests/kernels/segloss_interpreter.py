@@ -63,11 +63,10 @@ THRESHOLD = 0.5
 """Reached exactly by 2 equal classes."""
 
 BLOCKS = {
-    "classes": {"KL": 16},
-    "pixel_losses": {"BP": 32},
+    "pixel_losses": {"KL": 16, "BP": 32},
     "loss_sum": {"BLOCK": 16},
-    "logit_gradients": {"BP": 32},
-    "surest_classes": {"BP": 32},
+    "logit_gradients": {"KL": 16, "BP": 32},
+    "surest_classes": {"KL": 16, "BP": 32},
     "count_sum": {"BLOCK": 16},
 }
 
@@ -121,7 +120,9 @@ def main() -> None:
     torch.manual_seed(int(sys.argv[1]))
     poison()
     for name in sys.argv[2:] or list(CASES):
-        with patch.object(triton, "configs", triton.configs if CASES[name].production else lambda classes: BLOCKS):
+        with patch.object(
+            triton, "configs", triton.configs if CASES[name].production else lambda classes, device: BLOCKS
+        ):
             print(json.dumps({"name": name, **measure(CASES[name])}), flush=True)
 
 

@@ -33,7 +33,8 @@ def test_kernels_equal_the_definition(share, seed):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kernel", ["row_sums", "row_gradients"])
 def test_splits_cover_the_columns_and_fill_a_large_gpu(kernel, dtype):
-    rows, columns = configs(dtype)[kernel]["BM"], configs(dtype)[kernel]["BN"]
+    blocks = configs(dtype, torch.device("cpu"))[kernel]
+    rows, columns = blocks["BM"], blocks["BN"]
     for n in (*range(1, 600), 1000, 2048, 4095, 4096, 4097, 8192, 12345, 16384, 16897, 20000, 32768, 65536):
         layout = Layout.of(n, rows, columns)
         steps = ceil(n / columns)

@@ -1,20 +1,18 @@
 """A grouped call as the Triton kernels of align read it: tuples over stages, block sizes, numbers of programs.
 
-Block sizes depend on the operands' dtype and the number of partial sums on the shapes, so that results do not depend on
-the GPU's size.
+Block sizes depend on the operands' dtype and the GPU's architecture, the number of partial sums on the shapes, so that
+results do not depend on the GPU's size.
 """
 
-import json
 from collections.abc import Sequence
-from functools import cache
 from itertools import accumulate
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import tables
 from . import native, triton_gram
 from .forms import PAD, Stage, takes_gram
 
@@ -28,12 +26,9 @@ TILES_A_SPLIT, ROWS_A_SPLIT, TOKENS_A_SPLIT = 8, 512, 256
 """The least work of one partial sum."""
 
 
-@cache
-def configs(dtype: torch.dtype) -> dict[str, dict[str, int]]:
+def configs(dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, int]]:
     """Each kernel's block sizes, num_warps and num_stages for operands of this dtype, from configs.json."""
-    every = json.loads((Path(__file__).parent / "configs.json").read_text(encoding="utf-8"))
-    chosen: dict[str, dict[str, int]] = every["float32" if dtype == torch.float32 else "half"]
-    return chosen
+    return tables.table("align", tables.architecture(device))["float32" if dtype == torch.float32 else "half"]
 
 
 class Call:
@@ -48,7 +43,7 @@ class Call:
         grids = [stage.x.shape[1:3] for stage in stages]
         self.tiles = [self.batch * ceil(h / TILE) * ceil(w / TILE) for h, w in grids]
         self.tile_ends = tuple(accumulate(self.tiles))
-        self.config = configs(dtype)
+        self.config = configs(dtype, target.device)
         self.precision = "tf32x3" if dtype == torch.float32 else "tf32"
         zeros = None if all(stage.bias is None for stage in stages) else target.new_zeros(self.width, dtype=dtype)
         self._biases = [stage.bias if stage.bias is not None else zeros for stage in stages]

@@ -5,17 +5,15 @@ the columns are split among programs until a large GPU is full. The number of sp
 alone: results do not depend on the GPU's size.
 """
 
-import json
 from dataclasses import dataclass
-from functools import cache
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from .. import tables
 from . import triton_kernels
 
 PROGRAMS = 264
@@ -28,12 +26,9 @@ WASTE = 1.25
 """More splits than these bring less than this: time over that of a full GPU."""
 
 
-@cache
-def configs(dtype: torch.dtype) -> dict[str, dict[str, int]]:
+def configs(dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, int]]:
     """Each kernel's block sizes, num_warps and num_stages for an embedding of this dtype, from configs.json."""
-    every = json.loads((Path(__file__).parent / "configs.json").read_text(encoding="utf-8"))
-    chosen: dict[str, dict[str, int]] = every[str(dtype).removeprefix("torch.")]
-    return chosen
+    return tables.table("contrast", tables.architecture(device))[str(dtype).removeprefix("torch.")]
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Call:
         self.embedding, self.temperature = embedding, temperature
         self.n, self.width = embedding.shape
         self.ids = {"group": group, "klass": klass}
-        self.config = configs(embedding.dtype)
+        self.config = configs(embedding.dtype, embedding.device)
         self.sizes = {"n": self.n, "D": self.width, "DP": max(16, triton.next_power_of_2(self.width))}
         self.precision = "tf32x3" if embedding.dtype == torch.float32 else "tf32"
 

@@ -3,17 +3,15 @@
 How a map is shared among programs depends on its shape alone, so results do not depend on the GPU's size.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import tables
 from . import triton_common, triton_dilated, triton_gelu
 
 WARPS = 132 * 16
@@ -23,11 +21,9 @@ ROWS = (64, 32, 16, 8)
 """Rows of a program that slides down a map: the most that leave enough programs."""
 
 
-@cache
-def configs() -> dict[str, Any]:
-    """Block sizes, num_warps and num_stages of the kernels, from configs.json."""
-    every: dict[str, Any] = json.loads((Path(__file__).parent / "configs.json").read_text(encoding="utf-8"))
-    return every
+def configs(device: torch.device) -> dict[str, Any]:
+    """Block sizes, num_warps and num_stages of the kernels, from configs.json: a list where the map's width chooses."""
+    return tables.table("dwconv", tables.architecture(device))["maps"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Layout:
         def strips(blocks: dict[str, int]) -> int:
             return 1 if width <= blocks["TW"] else ceil(width / (blocks["TW"] - 2 * halo))
 
-        blocks = min(configs()[kernel], key=lambda blocks: strips(blocks) * blocks["TW"])
+        blocks = min(configs(x.device)[kernel], key=lambda blocks: strips(blocks) * blocks["TW"])
         columns = strips(blocks) * batch * ceil(channels / blocks["BC"])
         enough = WARPS // blocks["num_warps"]
         rows = next((rows for rows in ROWS if columns * ceil(height / rows) >= enough), ROWS[-1])
@@ -134,7 +130,7 @@ def over_map(kernel: Any, like: Tensor, layout: Layout, **arguments: Any) -> Non
 def sum_taps(partials: Tensor, filters: tuple[Tensor, ...], bias: Tensor | None) -> None:
     """Add partials [splits, taps, C] into the filters' gradients and the bias's."""
     splits, taps, channels = partials.shape
-    blocks = configs()["tap_sums"]
+    blocks = configs(partials.device)["tap_sums"]
     launch(
         triton_common.tap_sums, taps * ceil(channels / blocks["BC"]), partials=partials, filters=filters, bias=bias,
         splits=splits, TAPS=taps, C=channels, **blocks,

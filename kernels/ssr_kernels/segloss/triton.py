@@ -4,28 +4,24 @@ Forward: pixel_losses, loss_sum. Backward: logit_gradients. Pseudo-labels: sures
 what it writes and sums are taken in a fixed order: results are bitwise repeatable, on any GPU of an architecture.
 """
 
-import json
-from functools import cache
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from .. import tables
 from . import triton_kernels
 
 SMALLEST = 16
 """Fewer classes are padded to this many."""
 
 
-@cache
-def configs(classes: int) -> dict[str, dict[str, int]]:
+def configs(classes: int, device: torch.device) -> dict[str, dict[str, int]]:
     """Each kernel's block sizes, num_warps and num_stages for this padded number of classes, from configs.json."""
-    every = json.loads((Path(__file__).parent / "configs.json").read_text(encoding="utf-8"))
-    chosen: dict[str, dict[str, int]] = {**every["sums"], **every[str(classes)]}
-    return chosen
+    rows = tables.table("segloss", tables.architecture(device))
+    return {**rows["sums"], **rows[str(classes)]}
 
 
 class Call:
@@ -34,11 +30,11 @@ class Call:
     def __init__(self, logits: Tensor, height: int, width: int) -> None:
         self.logits, self.batch = logits, logits.shape[0]
         _, h, w, classes = logits.shape
-        padded = max(SMALLEST, triton.next_power_of_2(classes))
-        self.config = configs(padded)
+        self.padded = max(SMALLEST, triton.next_power_of_2(classes))
+        self.config = configs(self.padded, logits.device)
         self.sizes = {"h": h, "w": w, "height": height, "width": width}
         self.steps = {"sy": h / height, "sx": w / width}
-        self.classes = {"K": classes, "KR": padded // self.config["classes"]["KL"], **self.config["classes"]}
+        self.classes = classes
 
     def programs(self, kernel: str, rows: str, columns: str) -> int:
         """How many programs a kernel takes for the pixels of these sides of `sizes`."""
@@ -54,8 +50,10 @@ class Call:
 
     def over(self, rows: str, columns: str, kernel: Any, **arguments: Any) -> None:
         """Launch a kernel over the pixels of these sides of `sizes`."""
-        programs = self.programs(kernel.fn.__name__, rows, columns)
-        self.launch(kernel, programs, logits=self.logits, **self.sizes, **self.steps, **self.classes, **arguments)
+        name = kernel.fn.__name__
+        classes = {"K": self.classes, "KR": self.padded // self.config[name]["KL"]}  # KL is in the configuration
+        programs = self.programs(name, rows, columns)
+        self.launch(kernel, programs, logits=self.logits, **self.sizes, **self.steps, **classes, **arguments)
 
     def launch(self, kernel: Any, programs: int, **arguments: Any) -> None:
         """Launch a kernel with its configuration."""

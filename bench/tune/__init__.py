@@ -1,0 +1,1 @@
+"""The opt-in tuner of the Triton kernels' block sizes: `python -m bench tune`."""
