@@ -15,6 +15,7 @@ from bench.draws import CounterDraws, HostDraws
 from bench.huggingface import TransformersStep
 from bench.released_ssr import ReleasedSsrStep
 from ssr_fast.data.batch import Batch
+from ssr_fast.engine.deterministic import prepare_deterministic
 from ssr_fast.engine.graphs import WARM_UP, on_cuda
 from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.parallel import wrap
@@ -93,10 +94,12 @@ def ours(
     recompute: bool = False,
     compiled: bool = False,
     graph: bool = False,
+    deterministic: bool = True,
 ) -> Step:
-    """TrainStep."""
+    """TrainStep, as the options of a run make it."""
     wrap(method, RunConfig(recompute_blocks=recompute, compile_blocks=compiled), precision)
-    step = TrainStep(method, optim, steps)
+    exactly = prepare_deterministic(deterministic, method.key.device)
+    step = TrainStep(method, optim, steps, deterministic=exactly)
     return on_cuda(step, method.key.device, report) if graph else step
 
 
@@ -145,9 +148,9 @@ PLAIN: dict[str, Variant] = {
 """The released loop on transformers' Segformer."""
 
 
-def _graphed(compiled: bool) -> Variant:
+def _graphed(compiled: bool, deterministic: bool = True) -> Variant:
     return Variant(
-        partial(ours, precision="bf16", compiled=compiled, graph=True),
+        partial(ours, precision="bf16", compiled=compiled, graph=True, deterministic=deterministic),
         bfloat16=True,
         reason=GPU_ONLY,
         judged=WARM_UP + 2,  # the eager steps, and two that replay
@@ -157,6 +160,7 @@ def _graphed(compiled: bool) -> Variant:
 
 _LEAN: dict[str, Variant] = {
     GRAPH: _graphed(compiled=False),
+    f"{GRAPH}, not deterministic": _graphed(compiled=False, deterministic=False),
     COMPILED: Variant(partial(ours, precision="bf16", compiled=True), bfloat16=True, reason=GPU_ONLY),
     COMPILED_GRAPH: _graphed(compiled=True),
 }

@@ -20,6 +20,7 @@ from ssr_fast.engine import fork_server
 from ssr_fast.engine.apex import check_fused
 from ssr_fast.engine.attention import check_attention, check_sam_attention
 from ssr_fast.engine.checkpoint import CheckpointStore
+from ssr_fast.engine.deterministic import prepare_deterministic
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.host_memory import freeze_what_stays, keep_freed_memory
 from ssr_fast.engine.metrics import MetricLog
@@ -81,6 +82,7 @@ class Session:
         self.folder = Path(config.run.dir)
         self.device = pick_device(config.run.device, self.ranks.local if self.ranks.world > 1 else None)
         self.precision = pick_precision(config.run.precision, self.device)
+        prepare_deterministic(config.run.deterministic, self.device)  # before cuBLAS is asked for anything
         check_fused(config.optim.fused, self.device)
         check_attention(config.run.attention, config.model.backbone, self.precision, self.device)
         if "ssr" in config.stages():

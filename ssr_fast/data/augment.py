@@ -102,6 +102,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     taps = taps / taps.sum()
     channels = images.shape[1]
     images = images.contiguous(memory_format=torch.channels_last)
-    images = F.pad(images, (reach, reach, reach, reach), mode="replicate")
+    # not F.pad, which on a GPU takes a slow way where kernels must be deterministic; without a gradient all are
+    images = torch.ops.aten.replication_pad2d(images, (reach, reach, reach, reach))
     images = F.conv2d(images, taps.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
     return F.conv2d(images, taps.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)

@@ -11,8 +11,9 @@ of either has been measured here.
 
 Known of repeatability, read and not run: nothing in the forward pass depends on an order. The backward passes of
 FlashAttention-2 and -3 add up dq in any order and are marked as not deterministic by xformers, and CUTLASS's does so
-where it splits the keys: gradients may differ in their last bits. Under torch.use_deterministic_algorithms(True)
-xformers passes over the first two and CUTLASS splits nothing, which is repeatable.
+where it splits the keys: gradients may differ in their last bits. Under torch.use_deterministic_algorithms(True), as a
+step is unless --run.deterministic is false, xformers passes over the first two and CUTLASS splits nothing, and
+PyTorch's own attention adds up in order.
 Which kernel runs is decided in Python from shapes, types and the device and no tensor is read, as the capture of a
 CUDA graph demands.
 """

@@ -26,6 +26,9 @@ class RunConfig:
     precision: str = "auto"
     """bf16 (copies of the weights and activations; weights, losses and statistics stay float32), tf32 (a GPU's), fp32,
     or auto: bf16 on a GPU that has it, else fp32."""
+    deterministic: bool = True
+    """On a GPU: compute steps by kernels that give the same bits each time, so that a resumed run is the run that was
+    not stopped. false: whatever kernel PyTorch likes best. A CPU's kernels are deterministic."""
     compile_blocks: bool = False
     """torch.compile of every block and head: fewer, larger kernels, for minutes of compilation at the first steps."""
     graph: str = "auto"

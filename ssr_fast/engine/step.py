@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssr_fast.data.batch import Batch
+from ssr_fast.engine.deterministic import only_deterministic
 from ssr_fast.engine.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 from ssr_fast.engine.parallel import Wrapped
 from ssr_fast.engine.ranks import Ranks
@@ -27,6 +28,7 @@ class TrainStep:
         steps: the run's number of steps.
         guard: which steps are skipped.
         ranks: the processes that train together.
+        deterministic: computed by deterministic kernels alone, see engine/deterministic.py.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class TrainStep:
         steps: int,
         guard: GuardConfig | None = None,
         ranks: Ranks | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.wrapped = method if isinstance(method, Wrapped) else Wrapped(method)
         self.method, self.optim, self.steps = self.wrapped.method, optim, steps
-        self.ranks = ranks or Ranks()
+        self.ranks, self.deterministic = ranks or Ranks(), deterministic
         self.optimizer = build_optimizer(self.method.trainable(), optim)
         self.guard = StepGuard(
             self.optimizer,
@@ -78,6 +81,10 @@ class TrainStep:
 
     def compute(self, batch: Batch, begun: bool) -> dict[str, Tensor]:
         """The step that `begin` has prepared. No number of the host enters, so that a graph of it serves many steps."""
+        with only_deterministic(self.deterministic):
+            return self._compute(batch, begun)
+
+    def _compute(self, batch: Batch, begun: bool) -> dict[str, Tensor]:
         self.guard.before_forward()
         found = []
         for share, part in enumerate(batch.split(self.optim.accumulate)):

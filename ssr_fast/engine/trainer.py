@@ -18,6 +18,7 @@ from ssr_fast.engine import graphs
 from ssr_fast.engine.checkpoint import CheckpointStore
 from ssr_fast.engine.compiling import CompiledStep, RunStep
 from ssr_fast.engine.data_clock import DataClock
+from ssr_fast.engine.deterministic import prepare_deterministic
 from ssr_fast.engine.guard import StopSignal
 from ssr_fast.engine.memory import MemoryUse, begin_measuring, out_of_memory
 from ssr_fast.engine.metrics import MetricLog
@@ -113,7 +114,8 @@ class Trainer:
         self.run, self.optim, self.store, self.log, self.config, self.meta = run, optim, store, log, config, meta
         self.device, self.report, self.console, self.branch = device, report, console, branch
         self.advice, self.guarded, self.vote = advice or Advice(), guard or GuardConfig(), Vote(stop, self.ranks)
-        self.step = TrainStep(method, optim, run.steps, guard, self.ranks)
+        exactly = prepare_deterministic(run.deterministic, device)
+        self.step = TrainStep(method, optim, run.steps, guard, self.ranks, exactly)
         self.wrapped, self.method = self.step.wrapped, self.step.method
         self.optimizer, self.guard = self.step.optimizer, self.step.guard
         self._run_step: RunStep = self.step

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssr_fast.data.batch import Batch
@@ -17,7 +16,7 @@ from ssr_fast.methods.regularisers import POINTS, CosineAlignment, Injection, se
 from ssr_fast.methods.self_training import Mixed, SelfTraining, SelfTrainingConfig
 from ssr_fast.models.feature_cache import ViewCache
 from ssr_fast.models.resident_features import ResidentFeatures
-from ssr_fast.models.sam import FrozenEncoder, alignment_target
+from ssr_fast.models.sam import FrozenEncoder, alignment_target, resize_frozen
 from ssr_fast.models.segmentor import Segmentor, SegmentorOutput
 
 
@@ -214,4 +213,4 @@ def _at_grid_of(other: Tensor, features: Tensor) -> Tensor:
     """Features [B, D, h, w] on the grid of others: an encoder that resizes its input sees a crop in more tokens."""
     if features.shape[-2:] == other.shape[-2:]:
         return features
-    return F.interpolate(features, other.shape[-2:], mode="bilinear", align_corners=False)
+    return resize_frozen(features, (other.shape[-2], other.shape[-1]))

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssr_fast.errors import UserError
@@ -195,7 +194,7 @@ class FrozenEncoder(nn.Module):
         """images [B, 3, H, W], normalised -> the encoder's own output [B, D, h, w], each image by itself."""
         images = images.contiguous()  # one layout, so that an image's features do not depend on where it comes from
         if self.size is not None and images.shape[-2:] != (self.size, self.size):
-            images = F.interpolate(images, (self.size, self.size), mode="bilinear", align_corners=False)
+            images = resize_frozen(images, (self.size, self.size))
         features: Tensor = self.encoder(images.to(self.dtype))
         return features
 
@@ -209,6 +208,15 @@ class FrozenEncoder(nn.Module):
         """D, measured on one blank image."""
         size = self.size or 64
         return int(self.encoder(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
+
+
+def resize_frozen(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation, align_corners False, of maps [B, C, h, w] without a gradient.
+
+    Not F.interpolate, which on a GPU takes a slow way where kernels must be deterministic; its forward kernel is.
+    """
+    resized: Tensor = torch.ops.aten.upsample_bilinear2d(maps, size, False)
+    return resized
 
 
 def alignment_target(features: Tensor, standardise: bool) -> Tensor:

@@ -40,6 +40,22 @@ def run(*words):
     return main(["step", "--device", "cpu", "--quick", *words])
 
 
+def test_our_rows_are_deterministic_where_a_run_is(monkeypatch):
+    wanted = []
+
+    def prepare(asked, device):
+        wanted.append((asked, device.type))
+        return asked
+
+    monkeypatch.setattr(variants, "prepare_deterministic", prepare)
+    monkeypatch.setattr(variants, "on_cuda", lambda step, device, report: step)
+    workload = demo_workload(1, 32, 64)
+    for name, expected in ((GRAPH, True), (f"{GRAPH}, not deterministic", False), (ONE_PASS, True)):
+        step = VARIANTS[name].build(workload.method(torch.device("cpu")), workload.optim, 10, print)
+        assert step.deterministic is expected
+    assert wanted == [(True, "cpu"), (False, "cpu"), (True, "cpu")]
+
+
 def test_rows_json_and_picture(tmp_path, capsys):
     file, picture = tmp_path / "out" / "step.json", tmp_path / "step.png"
     assert run("--rows", *SOME, "--json", str(file), "--picture", str(picture)) == 0

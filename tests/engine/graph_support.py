@@ -2,6 +2,7 @@
 
 import torch
 
+from ssr_fast.engine.deterministic import prepare_deterministic
 from ssr_fast.engine.optim import OptimConfig
 from ssr_fast.engine.precision import apply_precision
 from ssr_fast.engine.step import TrainStep
@@ -24,7 +25,7 @@ def make_step(name, precision="fp32", recompute=False, device="cpu"):
     method = METHODS[name]().to(device)
     method.student.backbone.recompute_blocks = recompute
     apply_precision(method, precision)
-    return TrainStep(method, OPTIM, STEPS)
+    return TrainStep(method, OPTIM, STEPS, deterministic=prepare_deterministic(True, torch.device(device)))
 
 
 def everything(step):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ssr_fast.engine import graphs
+from ssr_fast.engine.deterministic import prepare_deterministic
 from ssr_fast.engine.parallel import ParallelConfig, wrap
 from ssr_fast.engine.ranks import join
 from ssr_fast.engine.run_config import RunConfig
@@ -32,7 +33,7 @@ def make_step(name: str, precision: str, mode: str, accumulate: int = 1) -> Trai
     method = METHODS[name]().to(DEVICE)
     optim = dataclasses.replace(OPTIM, accumulate=accumulate)
     wrapped = wrap(method, RunConfig(), precision, ParallelConfig(mode=mode), shares=accumulate)
-    return TrainStep(wrapped, optim, STEPS)
+    return TrainStep(wrapped, optim, STEPS, deterministic=prepare_deterministic(True, DEVICE))
 
 
 def losses(step: TrainStep, call, steps: int = STEPS) -> list[float]:

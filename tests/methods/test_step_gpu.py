@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from ssr_fast.engine.deterministic import only_deterministic, prepare_deterministic
 from ssr_fast.engine.precision import apply_precision
 from ssr_kernels import registry
 from tests.methods.support import make_batch, make_method, make_source_free
 
 pytestmark = pytest.mark.gpu
 
+GPU = torch.device("cuda")
 METHODS = {
     "self_training": lambda: make_method("self_training"),
     "cosine": lambda: make_method("ssr"),
@@ -16,9 +18,16 @@ METHODS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_run():
+    """Deterministic kernels alone."""
+    with only_deterministic(prepare_deterministic(True, GPU)):
+        yield
+
+
 def step(name):
     """The gradients of a fresh method's step."""
-    method, batch = METHODS[name]().to("cuda"), make_batch(size=(128, 128)).to(torch.device("cuda"))
+    method, batch = METHODS[name]().to(GPU), make_batch(size=(128, 128)).to(GPU)
     apply_precision(method, "bf16")
     terms = method.losses(batch, 3)
     terms["loss"].backward()
@@ -48,7 +57,7 @@ def test_two_steps_are_bitwise_equal(name, seed):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_never_waits_for_the_device(name, seed):
-    method, batch = METHODS[name]().to("cuda"), make_batch(size=(128, 128)).to(torch.device("cuda"))
+    method, batch = METHODS[name]().to(GPU), make_batch(size=(128, 128)).to(GPU)
     apply_precision(method, "bf16")
     method.losses(batch, 3)["loss"].backward()  # compiles what is compiled on first use
     torch.cuda.synchronize()
