@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -199,6 +200,8 @@ def test_without_a_profiler_events_stand_around_each_launch(monkeypatch, capsys)
 
 # ---- compiling ahead ----
 
+ROOT = Path(__file__).resolve().parents[2]
+
 AHEAD = """
 import sys, torch
 from bench.tune import ahead, ops, search
@@ -223,7 +226,12 @@ def test_what_is_compiled_ahead_is_found_again(tmp_path):
     (tmp_path / "program.py").write_text(AHEAD)
     done = subprocess.run(
         [sys.executable, str(tmp_path / "program.py")],
-        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"},
+        env={
+            **os.environ,
+            "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+            "TRITON_INTERPRET": "0",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        },
         capture_output=True,
         text=True,
         timeout=280,
