@@ -1,29 +1,18 @@
 """`python -m bench profile`: on a CPU, and what it makes of a GPU's trace."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
 from bench import profiling, variants
-from bench import step as step_command
 from bench.__main__ import main
 from bench.profiling import Found, ProfileError, found_in
 from bench.variants import BFLOAT16, GRAPH, ONE_PASS, VARIANTS
-from bench.workload import demo_workload
 from tests.bench.test_kernel_times import replays
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setitem(step_command.SIZES, "demo", partial(demo_workload, 1, 64, 64))
-    monkeypatch.setattr("bench.workload.SCENES", 2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("small_demo")
 
 
 def run(*words):

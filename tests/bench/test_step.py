@@ -4,13 +4,11 @@ import copy
 import dataclasses
 import json
 import weakref
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import step as command
 from bench import step_picture, stepping, variants
 from bench.__main__ import main
 from bench.harness import Setting
@@ -25,15 +23,7 @@ from ssr_fast.models.segmentor import Segmentor
 SOME = [RELEASED, "stochastic depth drawn at once", ONE_PASS, BFLOAT16, GRAPH]
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setitem(command.SIZES, "demo", partial(demo_workload, 1, 64, 64))
-    monkeypatch.setattr("bench.workload.SCENES", 2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("small_demo")
 
 
 def run(*words):

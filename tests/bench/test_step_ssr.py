@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-from functools import partial
 
 import pytest
 import torch
 
-from bench import step as command
 from bench.__main__ import main
 from bench.draws import CounterDraws
 from bench.harness import Setting
@@ -24,15 +22,7 @@ from tests.bench.teaching import teach
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setitem(command.SIZES, "demo", partial(demo_workload, 1, 64, 64))
-    monkeypatch.setattr("bench.workload.SCENES", 2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("small_demo")
 
 
 def run(*words):
