@@ -155,9 +155,7 @@ _CONTRAST: dict[str, dict[str, Sequence[Blocks]]] = {
     },
 }  # fmt: skip
 _DILATED = (
-    _dilated(
-        (128, 16, 8), (32, 16, 4), (128, 8, 8), (64, 16, 8), (64, 32, 16), (32, 32, 8), (32, 64, 16), (16, 64, 8)
-    ),
+    _dilated((128, 16, 8), (32, 16, 4), (128, 8, 8), (64, 16, 8), (64, 32, 16), (32, 32, 8), (32, 64, 16)),
     (),
 )  # fmt: skip
 _DWCONV: dict[str, Sequence[Any]] = {
