@@ -3,8 +3,8 @@
 Some of PyTorch's kernels add up in the order in which their blocks happen to end: the backward passes of attention
 (FlashAttention's, and the memory-efficient one where it splits the keys; cuDNN's is left out) and of some convolutions
 by cuDNN, and a few that no step has (tests/engine/test_deterministic.py lists them). And torch.compile chooses between
-kernels by how fast they were just now. torch.use_deterministic_algorithms forbids all that. Read in PyTorch's
-documentation and source, not measured: what it costs.
+kernels by how fast they were just now. torch.use_deterministic_algorithms forbids all that. This was read in PyTorch's
+documentation and source; neither the bits nor the price have been seen on a GPU yet.
 
 It is on while a step is computed and not around it: an evaluation has no backward pass, and would pay for nothing.
 """

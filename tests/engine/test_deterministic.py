@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
 from ssr_fast.engine.deterministic import WORKSPACE, only_deterministic, prepare_deterministic
 from ssr_fast.engine.trainer import Trainer
 from ssr_fast.errors import UserError
 from ssr_fast.models.sam import resize_frozen
 from ssr_fast.train import main
-from tests.engine.graph_support import METHODS, STEPS, check_equal, make_step, run
+from ssr_kernels.segloss import pseudo_label
+from tests.engine.graph_support import METHODS, START, STEPS, check_equal, make_step, run
 from tests.methods.run_support import TINY
 from tests.methods.support import make_batch
 
@@ -32,41 +33,44 @@ REFUSED = {
     *("upsample_bicubic2d_backward", "upsample_trilinear3d_backward", "_upsample_bilinear2d_aa_backward"),
     *("_upsample_bicubic2d_aa_backward", "upsample_nearest1d_backward", "upsample_nearest2d_backward"),
     *("upsample_nearest3d_backward", "nll_loss2d_forward", "nll_loss2d_backward", "_ctc_loss_backward"),
-    *("embedding_bag", "_embedding_bag", "put_", "histc", "bincount", "kthvalue", "median", "nanmedian", "resize_"),
+    *("embedding_bag", "_embedding_bag", "put_", "histc", "bincount", "kthvalue", "median", "nanmedian"),
     *("cumsum", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "scatter_reduce", "index_reduce"),
 }
 """Operators that PyTorch refuses, or takes a slow way for, on a GPU where kernels must be deterministic, by its
 documentation or source; for some only types or arguments that no step needs either."""
 
 
-class Seen(TorchDispatchMode):
-    """Names of the operators that run, with those of the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.names.add(function.__name__.partition(".")[0])
-        return function(*arguments, **(keywords or {}))
+def operators(work: Callable[[], object]) -> set[str]:
+    """Names of PyTorch's operators that run, those of the backward pass and inside of ours too."""
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        work()
+    return {event.key.removeprefix("aten::") for event in profiler.key_averages()}
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", METHODS)
-def test_no_step_has_an_operator_that_is_refused_on_a_gpu(name, precision):
+def test_no_step_has_an_operator_that_is_refused_on_a_gpu(name, precision, backend, monkeypatch):
+    """Also where a GPU is too old for Triton and our operators are PyTorch's."""
+    monkeypatch.setenv("SSR_FAST_KERNELS", backend)
     step = make_step(name, precision)
-    with Seen() as seen:
-        for number in range(STEPS - 4):  # the method has begun
-            step(make_batch(seed=number), number)
-    assert "convolution_backward" in seen.names and not seen.names & REFUSED
+    names = operators(lambda: [step(make_batch(seed=number), number) for number in (0, START + 1)])
+    assert {"convolution_backward", "ssr_kernels::segloss_backward"} <= names
+    whole_numbers = {"cumsum"} if (name, backend) == ("source_free", "reference") else set()  # refused for others alone
+    assert names & REFUSED == whole_numbers
 
 
 def test_a_refused_operator_would_be_seen():
     x = torch.randn(1, 2, 8, 8, requires_grad=True)
-    with Seen() as seen:
+
+    def work() -> None:
         F.interpolate(x, (16, 16), mode="bilinear").sum().backward()
         F.cross_entropy(x, torch.zeros(1, 8, 8, dtype=torch.int64)).backward()
-    assert {"upsample_bilinear2d_backward", "nll_loss2d_forward"} <= seen.names & REFUSED
+
+    assert {"upsample_bilinear2d_backward", "nll_loss2d_forward"} <= operators(work) & REFUSED
+    logits = torch.randn(1, 4, 4, 3)
+    inside = operators(lambda: pseudo_label(logits, (8, 8), 0.5, backend="reference"))
+    assert {"ssr_kernels::pseudo_label", "upsample_bilinear2d"} <= inside  # what our operators call
 
 
 @pytest.mark.parametrize("name", METHODS)

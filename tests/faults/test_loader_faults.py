@@ -16,7 +16,7 @@ from ssr_fast.engine.trainer import Trainer
 from ssr_fast.errors import UserError
 from ssr_fast.evaluator import Evaluator
 from ssr_fast.train import main
-from tests.faults.test_resume import check_equal, no_report, one_thread, rows, stage_rows  # noqa: F401 fixtures
+from tests.faults.test_resume import check_equal, no_report, rows, stage_rows  # noqa: F401 a fixture
 from tests.methods.run_support import TINY, children, start
 
 WORKERS = ["--data.workers=2"]
@@ -24,9 +24,7 @@ LONGER = [*TINY, "--run.steps=40", "--run.evaluate_every=20", "--run.save_every=
 SENTENCE = r"error: (a loader process|2 loader processes)[^\n]*SIG[^\n]*after step (\d+)[^\n]*--resume [^\n]*\n"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 
 
 def workers():

@@ -20,10 +20,7 @@ from tests.faults.ranks_run import (
 )
 from tests.ranks import check, train
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 DAMAGED = r"street.png cannot be read \(truncated\): repair the file"

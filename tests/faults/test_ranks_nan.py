@@ -11,10 +11,7 @@ from tests.faults.ranks_run import RUN, check_same, errors, resume, spoil, state
 from tests.faults.test_resume import rows
 from tests.ranks import check, train
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def skips(tmp_path: Path, mode: str, who: Sequence[int], factor: float, steps: Sequence[int], accumulate: int) -> None:

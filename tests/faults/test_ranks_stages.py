@@ -24,9 +24,7 @@ SOURCE_FREE = ["demo-source-free", *SIZES, *SCENES, *FREE, "--run.device=cpu", "
 KINDS = {"branch": (BRANCH, ("source_only", "self_training")), "free": (SOURCE_FREE, ("source_only", "source_free"))}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSR_FAST_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,8 @@ from tests.methods.run_support import TINY, start
 TIMED = ("time", "images_per_second", "data_share")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The number of threads decides the order of sums; the processes that are started here have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# the number of threads decides the order of sums; the processes that are started here have one
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
